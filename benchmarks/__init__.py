@@ -1,0 +1,1 @@
+"""tritium.benchmarks: measuring kernels, training throughput, and peers."""

@@ -1,0 +1,1 @@
+"""tritium.engine: everything about training a GPT; nothing about how an op is computed (that is tritium.kernels)."""

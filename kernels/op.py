@@ -1,0 +1,365 @@
+"""The op contract: what an op is, how its backends are found, and how a model's call sites get their functions.
+
+An op is a folder beside this file. Its ``reference.py`` holds a function of the op's name: signature, mathematics and default.
+Every ``impl_NAME.py`` in the folder is the backend NAME: a function of the same name and the same signature, plus
+
+    unsupported(site: Site) -> str | None      None = "I can do this"; otherwise one sentence: rule, value, remedy
+    prepare(seq_start) -> object               optional: run once per micro-batch, its result is passed as ``seq_start``
+
+A module declares where it calls an op with a :class:`CallSite`; :func:`bind` gives every call site of a model its function, once
+at start-up. Nothing is global, so several models with different kernels live in one process.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import importlib.metadata
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from tritium.kernels.site import PHASES, Machine, Site
+
+ENTRY_POINTS = "tritium.kernels"  # group; an entry is named "<op>.<backend>" and points to a module
+_FOLDER = pathlib.Path(__file__).parent
+
+
+class KernelError(ValueError):
+    """A kernel choice that cannot be met; the message lists every backend's reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A loaded backend: its function, and the module that answers for it."""
+
+    op: str
+    name: str
+    function: Callable[..., Any]
+    module: ModuleType
+
+    def unsupported(self, site: Site) -> str | None:
+        judge = getattr(self.module, "unsupported", None)
+        return judge(site) if judge is not None else None
+
+    @property
+    def prepare(self) -> Callable[[Any], Any] | None:
+        return getattr(self.module, "prepare", None)
+
+    @property
+    def unproven(self) -> str | None:
+        """A sentence when this backend has never been run on the device it is for."""
+        return getattr(self.module, "UNPROVEN", None)
+
+
+class Op:
+    """One op. ``updates`` names the arguments it mutates; such an op has no autograd (the optimizer's)."""
+
+    def __init__(self, name: str, *, updates: Sequence[str] = ()):
+        self.name, self.updates = name, tuple(updates)
+        self.package = f"tritium.kernels.{name}"
+        self.folder = _FOLDER / name
+        self._loaded: dict[str, Backend] = {}
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+    @cached_property
+    def reference(self) -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"{self.package}.reference"), self.name)
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(self.reference)
+
+    @property
+    def cases(self) -> ModuleType:
+        """The op's ``cases.py``: CASES, inputs(), flops(), bytes(), budgets."""
+        return importlib.import_module(f"{self.package}.cases")
+
+    def backends(self) -> list[str]:
+        """Names of this op's backends, ``reference`` first; the folder listing is the registry, entry points add to it."""
+        found = {path.stem.removeprefix("impl_") for path in self.folder.glob("impl_*.py")}
+        found |= set(_entry_points(self.name))
+        return ["reference", *sorted(found)]
+
+    def load(self, name: str) -> Backend:
+        """Import a backend: a listed name, or a dotted module path of the user's own. Checks the signature."""
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def _load(self, name: str) -> Backend:
+        if name == "reference":
+            return Backend(self.name, name, self.reference, inspect.getmodule(self.reference))  # type: ignore[arg-type]
+        if (self.folder / f"impl_{name}.py").exists():
+            path = f"{self.package}.impl_{name}"
+        elif name in _entry_points(self.name):
+            path = _entry_points(self.name)[name]
+        elif "." in name:
+            path = name
+        else:
+            raise KernelError(
+                f"op {self.name} has no backend {name!r}; it has {', '.join(self.backends())} (or give a module path such as "
+                f"my_package.my_{self.name})"
+            )
+        try:
+            module = importlib.import_module(path)
+        except ImportError as error:
+            raise KernelError(f"backend {name!r} of op {self.name}: importing {path} failed: {error}") from error
+        function = getattr(module, self.name, None)
+        if not callable(function):
+            raise KernelError(f"backend {name!r} of op {self.name}: module {path} defines no function {self.name}")
+        if _shape_of(inspect.signature(function)) != _shape_of(self.signature):
+            raise KernelError(
+                f"backend {name!r} of op {self.name} must have the reference's signature.\n  reference: {self.name}{self.signature}\n"
+                f"  {path}: {self.name}{inspect.signature(function)}"
+            )
+        return Backend(self.name, name, function, module)
+
+    def why_not(self, site: Site, extra: Sequence[str] = ()) -> dict[str, str | None]:
+        """Backend → None if it can serve the site, else its one-sentence reason."""
+        table: dict[str, str | None] = {}
+        for name in [*self.backends(), *(e for e in extra if e not in self.backends())]:
+            try:
+                table[name] = self.load(name).unsupported(site)
+            except KernelError as error:
+                table[name] = str(error)
+        return table
+
+
+def _shape_of(signature: inspect.Signature) -> list[tuple[str, Any, Any]]:
+    """What must agree between a backend and its reference: names, kinds and defaults (annotations may be spelled differently)."""
+    return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+
+
+@lru_cache(maxsize=None)
+def _entry_points(op: str) -> dict[str, str]:
+    found = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        owner, _, name = point.name.partition(".")
+        if owner == op and name:
+            found[name] = point.value
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- auto
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One measured order: where it holds, which backends from best to worst, and the record it was read from."""
+
+    arch: str
+    op: str
+    order: tuple[str, ...]
+    evidence: str
+    compiled: bool | None = None
+    dtype: str | None = None
+    phase: str | None = None
+    shape: Mapping[str, tuple[int, int]] | None = None  # letter → inclusive range
+
+    def covers(self, site: Site) -> bool:
+        return (
+            site.op == self.op
+            and fnmatch.fnmatch(site.machine.arch, self.arch)
+            and self.compiled in (None, site.compiled)
+            and self.dtype in (None, str(site.dtype).removeprefix("torch."))
+            and self.phase in (None, site.phase)
+            and all(k in site.shape and lo <= site.shape[k] <= hi for k, (lo, hi) in (self.shape or {}).items())
+        )
+
+
+@lru_cache(maxsize=None)
+def tuning() -> tuple[Tuned, ...]:
+    """Every entry of ``tuning/*.json``; the first that covers a site decides its ``auto`` order."""
+    entries = []
+    for path in sorted((_FOLDER / "tuning").glob("*.json")):
+        for entry in json.loads(path.read_text()):
+            shape = {k: tuple(v) for k, v in entry.pop("shape", {}).items()}
+            entries.append(Tuned(**{**entry, "order": tuple(entry["order"]), "shape": shape}))
+    return tuple(entries)
+
+
+def auto(op: Op, site: Site, entries: Sequence[Tuned] | None = None) -> tuple[str, str]:
+    """The backend ``auto`` means at this site, and why."""
+    for entry in tuning() if entries is None else entries:
+        if not entry.covers(site):
+            continue
+        passed = []
+        for name in entry.order:
+            reason = op.load(name).unsupported(site)
+            if reason is None:
+                why = f"auto: {entry.evidence}"
+                return name, why + (f" ({'; '.join(passed)})" if passed else "")
+            passed.append(f"not {name}: {reason}")
+        return "reference", "auto: " + "; ".join(passed)
+    return "reference", "auto: nothing measured for this site"
+
+
+# ------------------------------------------------------------------------------------------------------------- binding
+
+
+class CallSite:
+    """A place in a module where an op is called: ``self.norm = CallSite(ops.layer_norm, shape={"C": C})``, then ``self.norm(x, ...)``.
+
+    Until :func:`bind` it runs the reference. ``dtype``: a site whose dtype is not the model's compute dtype says so.
+    """
+
+    def __init__(self, op: Op, *, shape: Mapping[str, int] = {}, options: Mapping[str, object] = {}, dtype: torch.dtype | None = None):
+        self.op, self.shape, self.options, self.dtype = op, dict(shape), dict(options), dtype
+        self.function = op.reference
+        self.backend = "reference"
+        self.bound: dict[str, Backend] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def enter(self, phase: str) -> None:
+        if phase in self.bound:
+            self.function, self.backend = self.bound[phase].function, self.bound[phase].name
+        elif self.bound:
+            raise KernelError(
+                f"this {self.op.name} call site is bound for {', '.join(self.bound)} and not for {phase!r}; "
+                f"call bind(model, ..., phases=({phase!r},)) first"
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the kernel table: call site, backend, why."""
+
+    site: str
+    op: str
+    phase: str
+    backend: str
+    why: str
+
+
+def call_sites(model: torch.nn.Module) -> Iterator[tuple[str, CallSite]]:
+    """(module path, call site) of every place where the model calls an op, in module order."""
+    for path, module in model.named_modules():
+        for value in vars(module).values():
+            if isinstance(value, CallSite):
+                yield path, value
+
+
+def enter(model: torch.nn.Module, phase: str) -> None:
+    """Point every call site at the function bound for ``phase``."""
+    if phase not in PHASES:
+        raise KernelError(f"phase must be one of {', '.join(PHASES)}, not {phase!r}")
+    for _, site in call_sites(model):
+        site.enter(phase)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A parsed key of ``choices``: ``[PATTERN:]OP[@PHASE]``; OP may be ``*``."""
+
+    key: str
+    pattern: str | None
+    op: str
+    phase: str | None
+
+    @staticmethod
+    def parse(key: str) -> Choice:
+        pattern, colon, rest = key.rpartition(":")
+        op, _, phase = rest.partition("@")
+        return Choice(key, pattern if colon else None, op, phase or None)
+
+    def applies(self, path: str, op: str, phase: str) -> bool:
+        return self.op in ("*", op) and self.phase in (None, phase) and (self.pattern is None or fnmatch.fnmatch(path, self.pattern))
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool]:
+        """A layer override outranks an op choice outranks the default; a phase is more specific than none."""
+        return (self.pattern is not None, self.op != "*", self.phase is not None)
+
+
+def bind(
+    model: torch.nn.Module,
+    choices: Mapping[str, str] | str = "auto",
+    *,
+    machine: Machine | None = None,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+    deterministic: bool = False,
+    phases: Sequence[str] = PHASES,
+) -> list[Row]:
+    """Give every call site of ``model`` its function for each phase; returns the table *site, op, phase, backend, why*.
+
+    choices: ``"triton"`` (that backend for every op that has it, ``auto`` for the rest) or a mapping from ``[PATTERN:]OP[@PHASE]`` to a
+    backend, e.g. ``{"*": "auto", "attention": "sdpa_flash", "blocks.0.*:layer_norm": "my_package.my_norm", "attention@decode": "reference"}``.
+    Raises KernelError, naming every backend's reason, when a chosen backend cannot serve a site, and when a key matches nothing.
+    """
+    machine = machine or Machine.here()
+    mapping = {"*": choices} if isinstance(choices, str) else dict(choices)
+    # the more specific key wins; of two equally specific ones, the later
+    parsed = sorted(enumerate(Choice.parse(k) for k in mapping), key=lambda item: (item[1].rank, item[0]), reverse=True)
+    used, rows, problems = set(), [], []
+    sites = list(call_sites(model))
+    for path, call in sites:
+        for phase in phases:
+            choice = next((c for _, c in parsed if c.applies(path, call.op.name, phase)), None)
+            used |= {c.key for _, c in parsed if c.applies(path, call.op.name, phase)}
+            name = mapping[choice.key] if choice else "auto"
+            site = Site(
+                op=call.op.name, machine=machine, name=path, phase=phase, dtype=call.dtype or dtype, shape=call.shape,
+                options=call.options, compiled=compiled, deterministic=deterministic,
+            )  # fmt: skip
+            if choice is not None and choice.op == "*" and name != "auto" and "." not in name and name not in call.op.backends():
+                backend, why = auto(call.op, site)
+                why = f"{call.op.name} has no {name}; {why}"
+            elif name == "auto":
+                backend, why = auto(call.op, site)
+            else:
+                backend, why = name, f"chosen: {choice.key if choice else ''}={name}"
+                try:
+                    reason = call.op.load(name).unsupported(site)
+                except KernelError as error:
+                    reason = str(error)
+                if reason is not None:
+                    problems.append(_refusal(call.op, site, name, reason))
+                    continue
+            call.bound[phase] = call.op.load(backend)
+            rows.append(Row(path, call.op.name, phase, backend, why))
+    unused = [key for key in mapping if key not in used and key != "*"]
+    if unused and sites:
+        known = sorted({call.op.name for _, call in sites})
+        problems.append(
+            f"kernel choice {', '.join(unused)} matches no call site of this model; it calls {', '.join(known)} "
+            f"(keys are [PATTERN:]OP[@PHASE], PATTERN over module paths such as {sites[-1][0]!r})"
+        )
+    if problems:
+        raise KernelError("\n".join(dict.fromkeys(problems)))
+    enter(model, "train" if model.training and "train" in phases else phases[0])
+    return rows
+
+
+def _refusal(op: Op, site: Site, name: str, reason: str) -> str:
+    lines = [f"{op.name}={name} was chosen and cannot serve {site.name or 'this site'} ({site.phase}, {site.device}): {reason}"]
+    for other, why in op.why_not(site, extra=[name]).items():
+        lines.append(f"    {other:<16} {'can' if why is None else why}")
+    return "\n".join(lines)
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The kernel table as text; call sites that differ only by layer number and agree in everything else share a line."""
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for row in rows:
+        site = ".".join("*" if part.isdigit() else part for part in row.site.split(".")) or "model"
+        groups.setdefault((site, row.op, row.backend, row.why), []).append(row.phase)
+    lines = []
+    for (site, op, backend, why), phases in groups.items():
+        unique = [p for p in PHASES if p in phases]
+        lines.append((site, op, ",".join(unique) if len(unique) < len(PHASES) else "all", backend, why))
+    head = ("call site", "op", "phase", "backend", "why")
+    width = [max(len(line[i]) for line in [head, *lines]) for i in range(4)]
+    return "\n".join("  ".join([*(line[i].ljust(width[i]) for i in range(4)), line[4]]) for line in [head, *lines])

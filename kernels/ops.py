@@ -1,0 +1,19 @@
+"""The catalogue: one line per op. What an op computes is said in its folder's ``reference.py``."""
+
+from tritium.kernels.op import Op
+
+linear = Op("linear")
+embedding = Op("embedding")
+attention = Op("attention")
+layer_norm = Op("layer_norm")
+rms_norm = Op("rms_norm")
+add_layer_norm = Op("add_layer_norm")
+rope = Op("rope")
+gelu = Op("gelu")
+swiglu = Op("swiglu")
+relu2 = Op("relu2")
+cross_entropy = Op("cross_entropy")
+linear_cross_entropy = Op("linear_cross_entropy")
+adamw = Op("adamw", updates=("params", "copies", "exp_avgs", "exp_avg_sqs"))
+
+OPS = {value.name: value for value in list(vars().values()) if isinstance(value, Op)}
