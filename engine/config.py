@@ -1,0 +1,356 @@
+"""Config: everything that decides a run, as frozen dataclasses. ``config.problems()`` reports every mistake at once.
+
+This file imports no torch, so that ``tritium --help`` is quick. A preset (``presets/NAME.py``) is a function that returns a Config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message lists every problem."""
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The network. The defaults are GPT-2 124M."""
+
+    vocab_size: int = 50257
+    """Number of real token ids (V). `tritium train` sets it from the prepared data's tokenizer when left 0."""
+    vocab_multiple: int = 128
+    """The embedding table is padded up to a multiple of this, for the GEMM; padding never enters the loss."""
+    block_size: int = 1024
+    """Tokens in one row: the longest context (T)."""
+    n_layer: int = 12
+    """Number of blocks."""
+    n_head: int = 12
+    """Query heads (H)."""
+    n_kv_head: int = 0
+    """Key/value heads (G), a divisor of n_head; 0 means n_head (no grouping)."""
+    n_embd: int = 768
+    """Model width (C)."""
+    mlp_width: int = 0
+    """Hidden width of the MLP (F); 0 means 4·C, or 8/3·C rounded up to a multiple of 64 for swiglu."""
+    position: Literal["learned", "rope"] = "learned"
+    """How positions enter: a learned table (GPT-2) or rotary embedding."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_fraction: float = 1.0
+    """Fraction of each head's channels that rotate."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    """Normalisation in front of attention, MLP and head."""
+    norm_eps: float = 1e-5
+    """Added to the variance."""
+    activation: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    """The MLP's activation (gelu is the tanh approximation, as GPT-2)."""
+    bias: bool = True
+    """Biases in linear layers and LayerNorm."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key head, without weights."""
+    tie_head: bool = True
+    """Head and token embedding share one table."""
+    dropout: float = 0.0
+    """Dropout probability at GPT-2's places: embedding, attention weights, residual branches."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialisation; residual projections use init_std/√(2·n_layer)."""
+    fused_loss: bool = True
+    """Head and loss in one op (linear_cross_entropy); false keeps linear and cross_entropy apart, for ablations."""
+    label_smoothing: float = 0.0
+    """Label smoothing ε of the loss."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser added to the loss."""
+    logit_softcap: float = 0.0
+    """c > 0 replaces a logit z by c·tanh(z/c)."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def hidden_width(self) -> int:
+        if self.mlp_width:
+            return self.mlp_width
+        return -(-(8 * self.n_embd // 3) // 64) * 64 if self.activation == "swiglu" else 4 * self.n_embd
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                found.append(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("vocab_size", "n_kv_head", "mlp_width", "z_loss", "logit_softcap"):
+            if getattr(self, name) < 0:
+                found.append(f"model.{name} must not be negative, it is {getattr(self, name)}")
+        if found:
+            return found
+        if self.n_embd % self.n_head:
+            found.append(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}, or heads have no whole width")
+        if self.n_head % self.kv_heads:
+            found.append(f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}, or heads cannot be grouped")
+        if self.position == "rope" and int(self.head_width * self.rope_fraction) % 2:
+            found.append(f"rope turns pairs of channels: head width {self.head_width} × rope_fraction {self.rope_fraction} must be even")
+        if not 0.0 < self.rope_fraction <= 1.0:
+            found.append(f"model.rope_fraction must be in (0, 1], not {self.rope_fraction}")
+        for name in ("dropout", "label_smoothing"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                found.append(f"model.{name} is a probability in [0, 1), not {getattr(self, name)}")
+        return found
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows."""
+
+    sources: tuple[str, ...] = ("demo",)
+    """Files, folders, globs (text, JSONL, .gz, .zst), or `demo` for the built-in corpus."""
+    folder: str = ""
+    """Folder of prepared shards; empty means data/NAME with NAME from sources and tokenizer."""
+    tokenizer: str = "gpt2"
+    """gpt2, bytes, bpe:SIZE (trained on the sources), or a path to a tokenizer.json."""
+    field: str = "text"
+    """Which JSONL field holds the text."""
+    val_fraction: float = 0.02
+    """Fraction of documents held out for validation."""
+    documents: bool = False
+    """Attention stays inside each document of a row (off: plain rows, as GPT-2 and nanoGPT)."""
+    seed: int = 0
+    """Seed of the split and of the sample order."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how much, how precise, how often."""
+
+    steps: int = 1000
+    """Optimizer steps in the whole run."""
+    batch_rows: int = 480
+    """Rows (sequences of block_size tokens) per optimizer step, over all processes."""
+    micro_rows: int = 16
+    """Rows per forward/backward on one process; batch_rows must be a multiple of micro_rows × processes."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: compute weights in bf16 beside fp32 masters. auto: bf16 where the device has bf16 matrix units, else fp32."""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """torch.compile of forward and backward as one graph. auto: if this machine can; true: or fail."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """Activations recomputed in backward: none, every block, or everything but the ops in recompute_keep."""
+    recompute_keep: tuple[str, ...] = ("attention", "linear")
+    """With recompute=selective: ops whose results are kept."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    deterministic: bool = False
+    """Bitwise repeatable on the same machine and thread count (slower)."""
+    seed: int = 1337
+    """Seed of initialisation and dropout."""
+    eval_every: int = 250
+    """Steps between validation losses; 0: only at the end."""
+    eval_tokens: int = 262144
+    """Validation tokens per evaluation; 0: all."""
+    sample_every: int = 0
+    """Steps between printed samples; 0: only at the end."""
+    sample_tokens: int = 100
+    """Tokens of a printed sample."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl and on the terminal."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr_fraction: float = 0.1
+    """Final learning rate as a fraction of the peak."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine to the end, or stable then linear decay (wsd), or constant."""
+    decay_fraction: float = 0.2
+    """wsd: fraction of the steps that decay, at the end."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices (vectors have none)."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which backend computes each op: a backend's name, a module path of your own, or auto. `--kernels=NAME` sets default."""
+
+    default: str = "auto"
+    """For every op that has this backend; auto picks by measurement, the rest use auto."""
+    linear: str = ""
+    """Backend of linear; empty: default."""
+    embedding: str = ""
+    """Backend of embedding; empty: default."""
+    attention: str = ""
+    """Backend of attention; empty: default."""
+    layer_norm: str = ""
+    """Backend of layer_norm; empty: default."""
+    rms_norm: str = ""
+    """Backend of rms_norm; empty: default."""
+    add_layer_norm: str = ""
+    """Backend of add_layer_norm; empty: default."""
+    rope: str = ""
+    """Backend of rope; empty: default."""
+    gelu: str = ""
+    """Backend of gelu; empty: default."""
+    swiglu: str = ""
+    """Backend of swiglu; empty: default."""
+    relu2: str = ""
+    """Backend of relu2; empty: default."""
+    cross_entropy: str = ""
+    """Backend of cross_entropy; empty: default."""
+    linear_cross_entropy: str = ""
+    """Backend of linear_cross_entropy; empty: default."""
+    adamw: str = ""
+    """Backend of adamw; empty: default."""
+    override: tuple[str, ...] = ()
+    """Single places: [PATTERN:]OP[@PHASE]=BACKEND, e.g. blocks.0.*:attention=reference attention@decode=reference."""
+
+    def choices(self) -> dict[str, str]:
+        """The mapping that tritium.kernels.op.bind takes."""
+        chosen = {"*": self.default}
+        for f in dataclasses.fields(self):
+            if f.name not in ("default", "override") and getattr(self, f.name):
+                chosen[f.name] = getattr(self, f.name)
+        for item in self.override:
+            key, _, backend = item.partition("=")
+            chosen[key] = backend
+        return chosen
+
+    def problems(self) -> list[str]:
+        return [
+            f"kernels.override entries read [PATTERN:]OP[@PHASE]=BACKEND, {item!r} does not"
+            for item in self.override
+            if not all(item.partition("="))
+        ]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go and how they are kept."""
+
+    out: str = ""
+    """Folder of the run (checkpoints, metrics.jsonl, loss.png, samples); empty means runs/NAME."""
+    save_every: int = 250
+    """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: continue from the newest good checkpoint in out; never: refuse when there is one; must: fail without one."""
+    tensorboard: bool = True
+    """Also write TensorBoard events into out."""
+    require_bigram: bool = False
+    """Exit with status 1 at the end unless validation bits/byte beats the corpus's bigram model."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str = "custom"
+    """Name of the preset or run."""
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per optimizer step."""
+        return self.train.batch_rows * self.model.block_size
+
+    def problems(self, world_size: int = 1) -> list[str]:
+        """Every reason why this cannot run, as sentences; empty when it can."""
+        t, o, d = self.train, self.optim, self.data
+        found = self.model.problems() + self.kernels.problems()
+        for section, name, low in (
+            (t, "steps", 0), (t, "batch_rows", 1), (t, "micro_rows", 1), (t, "eval_every", 0), (t, "eval_tokens", 0),
+            (t, "sample_every", 0), (t, "sample_tokens", 0), (t, "log_every", 1), (o, "warmup_steps", 0), (self.run, "save_every", 0),
+            (self.run, "keep", 1), (o, "lr", 0), (o, "grad_clip", 0), (o, "eps", 0), (o, "weight_decay", 0),
+        ):  # fmt: skip
+            if getattr(section, name) < low:
+                found.append(f"{_section(section)}.{name} must be at least {low}, not {getattr(section, name)}")
+        for section, name in ((o, "beta1"), (o, "beta2"), (d, "val_fraction")):
+            if not 0.0 <= getattr(section, name) < 1.0:
+                found.append(f"{_section(section)}.{name} must be in [0, 1), not {getattr(section, name)}")
+        for section, name in ((o, "min_lr_fraction"), (o, "decay_fraction")):
+            if not 0.0 <= getattr(section, name) <= 1.0:
+                found.append(f"{_section(section)}.{name} must be in [0, 1], not {getattr(section, name)}")
+        share = t.micro_rows * world_size
+        if t.batch_rows >= 1 and t.micro_rows >= 1 and t.batch_rows % share:
+            near = max(share, t.batch_rows // share * share)
+            found.append(
+                f"train.batch_rows={t.batch_rows} must be a multiple of train.micro_rows={t.micro_rows} × {world_size} process(es) = {share}, "
+                f"or the last micro-batch would be short; use e.g. --train.batch_rows {near}"
+            )
+        if not d.sources and not d.folder:
+            found.append("data.sources is empty and data.folder is not set: there is nothing to train on; give files, or demo")
+        return found
+
+    def check(self, world_size: int = 1) -> None:
+        """Raise ConfigError with every problem."""
+        found = self.problems(world_size)
+        if found:
+            raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in found))
+
+    def to_json(self) -> str:
+        """The resolved configuration; ``Config.from_json`` is its inverse."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Config:
+        return _build(Config, json.loads(text))
+
+
+_SECTIONS = {"model": GPTConfig, "data": DataConfig, "train": TrainConfig, "optim": OptimConfig, "kernels": KernelsConfig, "run": RunConfig}
+
+
+def _section(value: object) -> str:
+    return next(name for name, kind in _SECTIONS.items() if isinstance(value, kind))
+
+
+def _build(kind: type, values: dict[str, Any]) -> Any:
+    """A dataclass from JSON values; a field it does not know is an error, since it would silently mean nothing."""
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"{kind.__name__} has no field {', '.join(unknown)}; this file was written by another version of tritium")
+    built = {
+        name: _build(_SECTIONS[name], value) if kind is Config and name in _SECTIONS else tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+    }
+    return kind(**built)
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Fields in which two configurations differ, as "section.field: A → B"."""
+    left, right = _flat(a), _flat(b)
+    return [f"{key}: {left[key]!r} → {right[key]!r}" for key in left if left[key] != right[key]]
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    flat: dict[str, Any] = {"name": config.name}
+    for name in _SECTIONS:
+        flat |= {f"{name}.{f.name}": getattr(getattr(config, name), f.name) for f in dataclasses.fields(_SECTIONS[name])}
+    return flat
