@@ -243,15 +243,25 @@ class Row:
     why: str
 
 
-def call_sites(model: torch.nn.Module) -> Iterator[tuple[str, CallSite]]:
-    """(module path, call site) of every place where the model calls an op, in module order."""
+def call_sites(model: Any) -> Iterator[tuple[str, CallSite]]:
+    """(module path, call site) of every place where the model calls an op, in module order.
+
+    model: a module, a list of holders, or any object with a method ``call_sites()`` (an optimizer) that yields the same.
+    """
+    if isinstance(model, (list, tuple)):
+        for holder in model:
+            yield from call_sites(holder)
+        return
+    if not isinstance(model, torch.nn.Module):
+        yield from model.call_sites()
+        return
     for path, module in model.named_modules():
         for value in vars(module).values():
             if isinstance(value, CallSite):
                 yield path, value
 
 
-def enter(model: torch.nn.Module, phase: str) -> None:
+def enter(model: Any, phase: str) -> None:
     """Point every call site at the function bound for ``phase``."""
     if phase not in PHASES:
         raise KernelError(f"phase must be one of {', '.join(PHASES)}, not {phase!r}")
@@ -284,7 +294,7 @@ class Choice:
 
 
 def bind(
-    model: torch.nn.Module,
+    model: Any,
     choices: Mapping[str, str] | str = "auto",
     *,
     machine: Machine | None = None,
@@ -294,6 +304,8 @@ def bind(
     phases: Sequence[str] = PHASES,
 ) -> list[Row]:
     """Give every call site of ``model`` its function for each phase; returns the table *site, op, phase, backend, why*.
+
+    model: as for :func:`call_sites`, so that a model and its optimizer can be bound together.
 
     choices: ``"triton"`` (that backend for every op that has it, ``auto`` for the rest) or a mapping from ``[PATTERN:]OP[@PHASE]`` to a
     backend, e.g. ``{"*": "auto", "attention": "sdpa_flash", "blocks.0.*:layer_norm": "my_package.my_norm", "attention@decode": "reference"}``.
@@ -339,7 +351,8 @@ def bind(
         )
     if problems:
         raise KernelError("\n".join(dict.fromkeys(problems)))
-    enter(model, "train" if model.training and "train" in phases else phases[0])
+    training = all(m.training for m in (model if isinstance(model, (list, tuple)) else [model]) if isinstance(m, torch.nn.Module))
+    enter(model, "train" if training and "train" in phases else phases[0])
     return rows
 
 
