@@ -1,0 +1,123 @@
+"""AdamW over fp32 masters, its groups, and the global gradient norm. The update itself is the op ``adamw``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tritium.engine.config import OptimConfig
+from tritium.kernels import ops
+from tritium.kernels.op import CallSite
+
+
+@dataclass
+class Group:
+    """Parameters updated by one call: equal weight decay, and either all with a working copy or none."""
+
+    weight_decay: float
+    names: list[str] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)  # what the model computes with, and where .grad appears
+    params: list[Tensor] = field(default_factory=list)  # fp32: the masters, or the leaves themselves
+    copies: list[Tensor] = field(default_factory=list)  # the leaves that are working copies; empty when params are the leaves
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+
+
+class AdamW:
+    """The optimizer of a model. Matrices decay, vectors do not.
+
+    masters: name → fp32 master of the parameters whose leaf is a compute-dtype copy (precision.to_compute_dtype's result).
+    """
+
+    def __init__(self, model: torch.nn.Module, config: OptimConfig, masters: Mapping[str, Tensor]):
+        self.config = config
+        self.adamw = CallSite(ops.adamw, options={"copies": bool(masters)})
+        groups: dict[tuple[bool, bool], Group] = {}
+        for name, leaf in model.named_parameters():
+            key = (leaf.ndim >= 2, name in masters)
+            group = groups.setdefault(key, Group(config.weight_decay if leaf.ndim >= 2 else 0.0))
+            master = masters.get(name, leaf.detach())
+            group.names.append(name)
+            group.leaves.append(leaf)
+            group.params.append(master)
+            group.exp_avgs.append(torch.zeros_like(master))
+            group.exp_avg_sqs.append(torch.zeros_like(master))
+            if name in masters:
+                group.copies.append(leaf.detach())
+        self.groups = list(groups.values())
+        device = self.groups[0].params[0].device
+        self.steps_done = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+
+    def call_sites(self) -> Iterator[tuple[str, CallSite]]:
+        yield "optimizer", self.adamw
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient of every parameter, in group order. A parameter the loss did not reach is an error, not a zero."""
+        found = []
+        for group in self.groups:
+            for name, leaf in zip(group.names, group.leaves, strict=True):
+                if leaf.grad is None:
+                    raise RuntimeError(f"parameter {name} has no gradient: the loss does not depend on it")
+                found.append(leaf.grad)
+        return found
+
+    @torch.no_grad()
+    def step(self, lr: Tensor, inverse_count: Tensor) -> Tensor:
+        """Clip and update from the leaves' gradients of a *summed* loss; returns the gradient norm of the mean loss, () fp32.
+
+        lr: () fp32 on the device. inverse_count: () fp32, 1 / number of targets in the whole batch. A step whose norm is not finite
+        changes nothing and is counted in ``skipped``. The host reads nothing back.
+        """
+        grads = self.gradients()
+        norm = global_norm(grads) * inverse_count
+        scale = inverse_count
+        if self.config.grad_clip > 0.0:
+            scale = scale * torch.clamp(self.config.grad_clip / (norm + 1e-6), max=1.0)
+        skip = 1.0 - torch.isfinite(norm).to(torch.float32)
+        scale = torch.where(skip > 0, torch.zeros_like(scale), scale)
+        self.skipped += skip
+        self.steps_done += 1.0 - skip
+        step = torch.clamp(self.steps_done, min=1.0)  # a skipped first step must not divide by 1 - β⁰
+        start = 0
+        for group in self.groups:
+            stop = start + len(group.params)
+            self.adamw(
+                group.params, group.copies, grads[start:stop], group.exp_avgs, group.exp_avg_sqs, lr, step, scale, skip,
+                self.config.beta1, self.config.beta2, self.config.eps, group.weight_decay,
+            )  # fmt: skip
+            start = stop
+        return norm
+
+    def zero_grad(self) -> None:
+        for group in self.groups:
+            for leaf in group.leaves:
+                leaf.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat: exp_avg.NAME, exp_avg_sq.NAME, steps_done, skipped. The masters are the model's business (``master_weights``)."""
+        state = {"steps_done": self.steps_done, "skipped": self.skipped}
+        for group in self.groups:
+            for name, m, v in zip(group.names, group.exp_avgs, group.exp_avg_sqs, strict=True):
+                state[f"exp_avg.{name}"], state[f"exp_avg_sq.{name}"] = m, v
+        return state
+
+    def master_weights(self) -> dict[str, Tensor]:
+        """Name → fp32 weight: what a checkpoint stores, whatever the compute dtype."""
+        return {name: p for group in self.groups for name, p in zip(group.names, group.params, strict=True)}
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Write every working copy from its master (after loading masters in place)."""
+        for group in self.groups:
+            for copy, master in zip(group.copies, group.params, strict=bool(group.copies)):
+                copy.copy_(master)
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """√Σ‖t‖² over all tensors, () fp32."""
+    norms = torch._foreach_norm(tensors, 2, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
