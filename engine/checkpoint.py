@@ -1,0 +1,244 @@
+"""Checkpoints: torch.distributed.checkpoint's format, written atomically, checksummed, with everything a run needs to go on.
+
+A run folder holds ``checkpoints/step_00000100/``: DCP's files (fp32 weights, optimizer, random states), ``run.json`` (resolved config,
+kernel table, versions, position) and ``checksums.json`` (SHA-256 of every file, written last). A checkpoint is written into a folder
+whose name starts with ``.`` and renamed when it is whole, so a kill at any moment leaves either a good checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import platform
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from tritium.engine.config import Config, ConfigError
+from tritium.engine.parallel import World
+
+FORMAT = 1
+_RUN, _SUMS = "run.json", "checksums.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or continued from."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A good checkpoint on disk. meta: the contents of run.json."""
+
+    path: pathlib.Path
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.meta["step"])
+
+    @property
+    def config(self) -> Config:
+        return Config.from_json(json.dumps(self.meta["config"]))
+
+
+def folder_of(out: pathlib.Path, step: int) -> pathlib.Path:
+    return out / "checkpoints" / f"step_{step:08d}"
+
+
+def save(out: pathlib.Path, state: dict[str, Tensor], meta: dict[str, Any], world: World, keep: int) -> pathlib.Path:
+    """Write ``state`` (flat name → tensor; equal on every process except keys that carry a rank) and ``meta`` (JSON values, with
+    "step" and "config") as the checkpoint of ``meta["step"]``; then drop all but the newest ``keep``. Every process calls it.
+
+    Raises CheckpointError when the disk refuses; earlier checkpoints stay as they were.
+    """
+    final = folder_of(out, meta["step"])
+    temporary = final.with_name(f".{final.name}.tmp")
+    failure = None
+    try:
+        if world.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        world.barrier()
+        with _quiet():
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True), no_dist=world.size == 1)
+        if world.first:
+            meta = {"format": FORMAT, "world_size": world.size, "versions": versions(), **meta}
+            _write(temporary / _RUN, json.dumps(meta, indent=2))
+            sums = {p.name: _sha256(p) for p in sorted(temporary.iterdir())}
+            _write(temporary / _SUMS, json.dumps(sums, indent=2))
+            _sync_folder(temporary)
+            if final.exists():  # the same step once more (a run that was resumed and stopped at once)
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync_folder(final.parent)
+    except Exception as error:  # DCP wraps OSErrors in its own exception types
+        failure = f"{type(error).__name__}: {_root(error)}"
+    failures = world.any(failure is not None)
+    if failures:
+        if world.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"writing the checkpoint of step {meta['step']} into {final.parent} failed ({failure or 'on another process'}); earlier "
+            "checkpoints are untouched. Free space or choose another folder with --run.out"
+        )
+    if world.first:
+        for old in candidates(out)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+    world.barrier()
+    return final
+
+
+def candidates(out: pathlib.Path) -> list[pathlib.Path]:
+    """Complete checkpoint folders of a run, newest first (a ``.tmp`` folder is not complete)."""
+    return sorted((p for p in (out / "checkpoints").glob("step_*") if p.is_dir()), reverse=True)
+
+
+def verify(path: pathlib.Path) -> Checkpoint:
+    """Read and check one checkpoint folder; CheckpointError says which file is wrong and how."""
+    try:
+        sums = json.loads((path / _SUMS).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a checkpoint of tritium: it has no {_SUMS}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / _SUMS} cannot be read ({error}), so the checkpoint cannot be trusted") from error
+    for name, expected in sums.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: the checkpoint is incomplete")
+        actual = _sha256(file)
+        if actual != expected:
+            raise CheckpointError(f"{file} is damaged: SHA-256 is {actual[:12]}…, it was written as {expected[:12]}…")
+    missing = {_RUN, ".metadata"} - set(sums)
+    if missing:
+        raise CheckpointError(f"{path / _SUMS} does not list {', '.join(sorted(missing))}, so the checkpoint cannot be trusted")
+    meta = json.loads((path / _RUN).read_text())
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {meta.get('format')}; this version of tritium reads format {FORMAT}")
+    return Checkpoint(path, meta)
+
+
+def newest(out: pathlib.Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest good checkpoint of a run, None when there is none at all; each damaged one is warned about and passed over.
+
+    CheckpointError when there are checkpoints and none is good: starting over silently would look like a resume.
+    """
+    problems = []
+    for path in candidates(out):
+        try:
+            return verify(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            warn(f"{error}; trying the one before it")
+    if problems:
+        raise CheckpointError(f"no checkpoint of {out} is usable:\n  " + "\n  ".join(problems))
+    return None
+
+
+def read(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
+    """Fill the tensors of ``state`` in place from the checkpoint's tensors of the same names."""
+    stored = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    wrong = [f"{k} is missing" for k in state if k not in stored]
+    for name, tensor in state.items():
+        size = getattr(stored.get(name), "size", None)
+        if size is not None and tuple(size) != tuple(tensor.shape):
+            wrong.append(f"{name} has shape {tuple(size)}, the model expects {tuple(tensor.shape)}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{checkpoint.path} does not fit this model: {'; '.join(wrong[:3])}{more}")
+    with _quiet():
+        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
+
+
+# A checkpoint may be continued with other values of these only by starting a new run: they change what has been learned from what.
+_FIXED = ("model.", "data.seed", "data.documents", "train.batch_rows", "train.seed")
+
+
+def check_compatible(stored: Config, current: Config, path: pathlib.Path) -> None:
+    """Raise ConfigError when ``current`` cannot continue a run of ``stored``."""
+    from tritium.engine.config import differences
+
+    changed = [d for d in differences(stored, current) if d.startswith(_FIXED)]
+    if changed:
+        raise ConfigError(
+            f"{path} was trained with another configuration, so it cannot be continued with this one:\n"
+            + "\n".join(f"  - {d}" for d in changed)
+            + "\ngive these options their old values, or start a new run with --run.out OTHER_FOLDER"
+        )
+
+
+def random_state(rank: int, device: torch.device) -> dict[str, Tensor]:
+    """The generators of this process, under names that carry its rank."""
+    state = {f"rng.cpu.{rank}": torch.get_rng_state()}
+    if device.type == "cuda":
+        state[f"rng.cuda.{rank}"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], rank: int, device: torch.device) -> None:
+    torch.set_rng_state(state[f"rng.cpu.{rank}"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[f"rng.cuda.{rank}"], device)
+
+
+def versions() -> dict[str, str]:
+    """What a bitwise comparison of two runs depends on."""
+    import numpy
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "machine": platform.machine()}
+    with contextlib.suppress(ImportError):
+        import triton
+
+        found["triton"] = triton.__version__
+    return found
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _root(error: BaseException) -> str:
+    """The innermost reason: DCP reports a full disk as a CheckpointException that holds the OSError."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        return _root(next(iter(failures.values()))[0])
+    return _root(error.__cause__) if error.__cause__ is not None else str(error)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns at every save and load of one process that it assumes a single process, which is what it was told."""
+    logger = logging.getLogger("torch.distributed.checkpoint._dedup_save_plans")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
