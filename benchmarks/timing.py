@@ -1,0 +1,224 @@
+"""How alternatives are timed: interleaved, warmed up, paired, and with an interval on every ratio.
+
+One *round* runs every alternative twice, in an order and then in its reverse (A B B A), so that a machine which slows
+down or speeds up steadily treats all of them alike; the order itself turns from round to round. The figure for "A
+against B" is the median over rounds of the ratio of their times within the round, with a bootstrap interval over
+rounds: noise that lasts longer than a round cancels, and noise that does not widens the interval.
+
+An *arm* is a function without arguments that runs its alternative once and returns the milliseconds it took.
+:func:`timed` makes one from a call and a :class:`Clock`; an arm may as well drive another process that times itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy
+
+Arm = Callable[[], float]
+
+
+class Clock(Protocol):
+    """Times calls on a device. ``name`` goes into records."""
+
+    name: str
+
+    def times_ms(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        """Run the calls in order; milliseconds of each, of the device's work and not only of its submission."""
+        ...
+
+
+class WallClock:
+    """``time.perf_counter`` around each call; ``synchronize`` (a GPU's) runs before both readings."""
+
+    def __init__(self, synchronize: Callable[[], object] | None = None):
+        self.synchronize = synchronize
+        self.name = "perf_counter" if synchronize is None else "perf_counter, synchronised"
+
+    def times_ms(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        times = []
+        for call in calls:
+            if self.synchronize is not None:
+                self.synchronize()
+            start = time.perf_counter_ns()
+            call()
+            if self.synchronize is not None:
+                self.synchronize()
+            times.append((time.perf_counter_ns() - start) / 1e6)
+        return times
+
+
+class CudaEvents:
+    """A pair of CUDA events around each call, one synchronisation for all of them.
+
+    scrub_bytes > 0: a buffer of that size is overwritten before each call, outside the events. That empties the L2
+    cache, and it occupies the device while the host submits the call, so that a short kernel is not charged for its
+    launch.
+    """
+
+    def __init__(self, scrub_bytes: int = 0):
+        import torch
+
+        self._torch = torch
+        self._scrub = torch.empty(scrub_bytes, dtype=torch.uint8, device="cuda") if scrub_bytes else None
+        self.name = "cuda events" + (f", {scrub_bytes >> 20} MiB overwritten before each call" if scrub_bytes else "")
+
+    def times_ms(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        cuda = self._torch.cuda
+        pairs = [(cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)) for _ in calls]
+        for call, (begin, end) in zip(calls, pairs, strict=True):
+            if self._scrub is not None:
+                self._scrub.zero_()
+            begin.record()
+            call()
+            end.record()
+        cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def clock_for(device: str, *, scrub_bytes: int = 0) -> Clock:
+    """The clock of a device: "cpu" or "cuda"."""
+    return CudaEvents(scrub_bytes) if device == "cuda" else WallClock()
+
+
+def rotate(call: Callable[..., object], inputs: Sequence[tuple[Any, ...]]) -> Callable[[], object]:
+    """``call`` on the next of ``inputs`` each time, so that no run finds its operands where the last one left them."""
+    turn = itertools.cycle(inputs)
+    return lambda: call(*next(turn))
+
+
+def timed(call: Callable[[], object], clock: Clock, inner: int = 1) -> Arm:
+    """An arm: the median of ``inner`` consecutive calls."""
+    return lambda: statistics.median(clock.times_ms([call] * inner))
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What happened before timing began; ``stable`` is False when the limit ended it."""
+
+    runs: int
+    stable: bool
+    ms: tuple[float, ...]
+
+
+def warm_up(
+    arm: Arm, *, window: int = 3, tolerance: float = 0.05, limit_runs: int = 30, limit_s: float = 120.0
+) -> WarmUp:
+    """Run ``arm`` until the medians of its last two windows of runs differ by ≤ ``tolerance``, or until a limit."""
+    start = time.monotonic()
+    ms: list[float] = []
+    while len(ms) < limit_runs and (len(ms) < 2 or time.monotonic() - start < limit_s):
+        ms.append(arm())
+        if len(ms) >= 2 * window:
+            before, after = statistics.median(ms[-2 * window : -window]), statistics.median(ms[-window:])
+            if abs(after - before) <= tolerance * before:
+                return WarmUp(len(ms), True, tuple(ms))
+    return WarmUp(len(ms), False, tuple(ms))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The timings of one arm: for each round, the two runs of its palindrome, in milliseconds."""
+
+    rounds: tuple[tuple[float, float], ...]
+
+    @property
+    def ms(self) -> list[float]:
+        return [t for pair in self.rounds for t in pair]
+
+    def quantile_ms(self, q: float) -> float:
+        return float(numpy.quantile(self.ms, q))
+
+    @property
+    def median_ms(self) -> float:
+        return self.quantile_ms(0.5)
+
+    def to_json(self) -> dict[str, object]:
+        """Percentiles and every single timing, so that another statistic can be computed later."""
+        quantiles = {f"p{100 * q:.0f}_ms": self.quantile_ms(q) for q in (0.2, 0.5, 0.8)}
+        return {
+            "runs": len(self.ms),
+            "min_ms": min(self.ms),
+            **quantiles,
+            "rounds_ms": [list(pair) for pair in self.rounds],
+        }
+
+
+def interleave(
+    arms: Mapping[str, Arm], rounds: int, between: Callable[[int], object] = lambda done: None
+) -> dict[str, Samples]:
+    """Run every arm twice in each of ``rounds`` rounds, A B C C B A, the order turned by one arm each round.
+
+    between(done): called after each round, for progress.
+    """
+    if rounds < 1 or not arms:
+        raise ValueError(f"interleave needs at least one arm and one round, not {len(arms)} and {rounds}")
+    names = list(arms)
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for done in range(rounds):
+        turn = done % len(names)
+        order = names[turn:] + names[:turn]
+        first = {name: arms[name]() for name in order}
+        second = {name: arms[name]() for name in reversed(order)}
+        for name in names:
+            taken[name].append((first[name], second[name]))
+        between(done + 1)
+    return {name: Samples(tuple(pairs)) for name, pairs in taken.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median over rounds with its interval. For a ratio of speeds: above 1 when the first is faster."""
+
+    median: float
+    low: float
+    high: float
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def bootstrap_median(
+    values: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Median of ``values`` and its percentile-bootstrap interval (Efron 1979), seeded so that it can be recomputed."""
+    data = numpy.asarray(values, dtype=numpy.float64)
+    if data.size < 2 or not numpy.isfinite(data).all():
+        raise ValueError(f"an interval needs at least two finite values, not {data.tolist()}; take more rounds")
+    generator = numpy.random.default_rng(seed)
+    medians = numpy.median(generator.choice(data, size=(resamples, data.size)), axis=1)
+    tail = (1.0 - level) / 2.0
+    low, high = numpy.quantile(medians, (tail, 1.0 - tail))
+    return Interval(float(numpy.median(data)), float(low), float(high), level)
+
+
+def speedup(ours: Samples, theirs: Samples, *, level: float = 0.95, seed: int = 0) -> Interval:
+    """How many times faster ``ours`` is than ``theirs``, from their times within the same rounds."""
+    if len(ours.rounds) != len(theirs.rounds):
+        raise ValueError(
+            f"rounds must be paired: {len(ours.rounds)} against {len(theirs.rounds)}; time both in one interleave()"
+        )
+    logs = [math.log(sum(b) / sum(a)) for a, b in zip(ours.rounds, theirs.rounds, strict=True)]
+    found = bootstrap_median(logs, level=level, seed=seed)
+    return Interval(math.exp(found.median), math.exp(found.low), math.exp(found.high), level)
+
+
+def noise(samples: Samples) -> float:
+    """How far an arm differs from itself within a round: the median of |log(first run / second run)|, ≈ a fraction."""
+    return statistics.median(abs(math.log(a / b)) for a, b in samples.rounds)
