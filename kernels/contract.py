@@ -1,0 +1,540 @@
+"""The conformance tests of a backend, shipped with the package: pytest calls them, and so does ``tritium kernels check``.
+
+A backend is right when, on every case it does not refuse, forward and every gradient stay within
+
+    error ≤ FACTOR × (the error of the reference in the same dtype) + floor
+
+of the reference computed in fp64 from the same inputs; errors are measured as the largest (max) and as the root mean square (rms), and both
+must hold. The constants are in :data:`FACTOR` and :data:`FLOORS`; docs/numerics.md explains them. Beyond the numbers a backend
+
+    leaves its arguments and the upstream gradients as they were (an update op: all but the arguments it is there to update),
+    takes any strides, and upstream gradients that are expanded or strided,
+    reads no memory that it did not write: allocations are filled with NaN,
+    gives gradients for any subset of its inputs, and works without grad,
+    repeats bit for bit when its module says ``DETERMINISTIC = True``,
+    and runs inside one full graph of torch.compile.
+
+A case that a backend refuses through ``unsupported(site)`` is reported as refused, never as passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import deterministic as _memory
+
+from tritium.kernels.case import Case
+from tritium.kernels.op import Backend, Op
+from tritium.kernels.site import Machine, Site
+
+FACTOR = 2.0
+# (max, rms) floors in units of roundoff, relative to the largest value and to the rms of the fp64 result. They cover what the first term
+# cannot: a reference that happens to be exact on few elements, and another order of summation.
+FLOORS: Mapping[torch.dtype, tuple[float, float]] = {
+    torch.float64: (64.0, 32.0),
+    torch.float32: (32.0, 16.0),
+    torch.float16: (2.0, 1.0),
+    torch.bfloat16: (1.0, 0.5),
+}
+# tensors whose floor is that of the compute dtype although they are wider: a scalar sum over logits that were rounded to the compute dtype
+COARSE = frozenset({("linear_cross_entropy", "output")})
+VARIANTS = ("plain", "strided", "expanded", "partial", "no_grad")
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the spacing of the numbers next to 1: 2⁻²⁴ for fp32, 2⁻⁸ for bf16."""
+    return torch.finfo(dtype).eps / 2
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One tensor of one variant: its errors against fp64 and the bounds they must keep."""
+
+    variant: str
+    tensor: str
+    max_error: float
+    max_bound: float
+    rms_error: float
+    rms_bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.max_error <= self.max_bound and self.rms_error <= self.rms_bound  # False for NaN
+
+    @property
+    def ratio(self) -> float:
+        """How much of the bound is used; above 1 is red."""
+        pairs = ((self.max_error, self.max_bound), (self.rms_error, self.rms_bound))
+        return max((0.0 if error == 0.0 else error / bound if bound > 0.0 else math.inf) for error, bound in pairs)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.variant} {self.tensor}: max error {self.max_error:.3g} (bound {self.max_bound:.3g}), "
+            f"rms error {self.rms_error:.3g} (bound {self.rms_bound:.3g})"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`check` found. ``ok`` is True only for a case that ran and kept every bound; a refused case is not ok."""
+
+    op: str
+    backend: str
+    case: str
+    dtype: torch.dtype
+    device: str
+    phase: str
+    compiled: bool
+    ok: bool
+    refused: bool
+    reason: str
+    errors: tuple[Compared, ...] = ()
+
+    @property
+    def status(self) -> str:
+        return "passed" if self.ok else "refused" if self.refused else "failed"
+
+    @property
+    def worst(self) -> Compared | None:
+        return max(self.errors, key=lambda e: e.ratio if not math.isnan(e.ratio) else math.inf, default=None)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        mode = "compiled" if self.compiled else "eager"
+        line = f"{self.status:<8}{self.op}.{self.backend}  {self.case}  {dtype} {self.device} {self.phase} {mode}"
+        if self.ok:
+            return f"{line}  worst {self.worst.ratio:.2f} of the bound ({self.worst})" if self.worst else line
+        return f"{line}: {self.reason}"
+
+
+class _Broken(AssertionError):
+    """A rule of the contract that does not hold; its text is the report's reason."""
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+def check(
+    op: Op,
+    backend: str | Backend,
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    compiled: bool | str = False,
+    seed: int = 0,
+    phase: str = "train",
+    variants: Sequence[str] = VARIANTS,
+    machine: Machine | None = None,
+) -> Report:
+    """Hold one backend to the contract on one case.
+
+    compiled: True runs inside ``torch.compile(fullgraph=True)`` by Inductor, a string names another compiler ("aot_eager"); it resets
+    Dynamo's caches. phase: "train" checks forward and gradients, any other phase the forward only. machine: what the backend is asked
+    about, by default this one.
+    """
+    device = torch.device(device)
+    loaded = backend if isinstance(backend, Backend) else op.load(backend)
+    site = site_of(op, case, dtype, machine or Machine.here(device), phase=phase, compiled=bool(compiled))
+
+    def report(ok: bool, reason: str = "", errors: Sequence[Compared] = (), refused: bool = False) -> Report:
+        return Report(
+            op.name, loaded.name, case.name, dtype, str(device), phase, bool(compiled), ok, refused, reason, tuple(errors)
+        )  # fmt: skip
+
+    reason = loaded.unsupported(site)
+    if reason is not None:
+        return report(False, reason, refused=True)
+    errors: list[Compared] = []
+    try:
+        if op.updates:
+            _check_update(op, loaded, case, dtype, device, compiled, seed, errors)
+        else:
+            _check_function(op, loaded, case, dtype, device, compiled, seed, phase, variants, errors)
+    except _Broken as broken:
+        return report(False, str(broken), errors)
+    except Exception as error:  # whatever a backend raises on a case it accepted is a finding, with its place
+        return report(False, f"raised {type(error).__name__}: {error}\n{_place(error)}", errors)
+    red = [e for e in errors if not e.ok]
+    return report(not red, "; ".join(map(str, red)), errors)
+
+
+def check_all(
+    op: Op,
+    backend: str | Backend,
+    dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16),
+    device: str | torch.device = "cpu",
+    *,
+    compiled: bool | str = False,
+    seed: int = 0,
+    large: bool = False,
+    cases: Iterable[Case] | None = None,
+) -> list[Report]:
+    """:func:`check` over the op's cases (``large`` ones only when asked for) and dtypes. A case refused for training is tried forward only."""
+    reports = []
+    for case in op.cases.CASES if cases is None else cases:
+        if case.large and not large:
+            continue
+        for dtype in dtypes:
+            report = check(op, backend, case, dtype, device, compiled=compiled, seed=seed)
+            reports.append(report)
+            if report.refused and not op.updates:
+                forward = check(op, backend, case, dtype, device, compiled=compiled, seed=seed, phase="eval")
+                if not forward.refused:
+                    reports.append(forward)
+    return reports
+
+
+def format_reports(reports: Sequence[Report]) -> str:
+    """Reports as text: the failures in full, the refusals by reason, the passes by number and worst use of their bound."""
+    lines = [str(r) for r in reports if r.status == "failed"]
+    refusals: dict[tuple[str, str, str], list[str]] = {}
+    for r in reports:
+        if r.refused:
+            refusals.setdefault((r.op, r.backend, r.reason), []).append(r.case)
+    lines += [
+        f"refused {op}.{backend}  {len(names)} of {sum(r.op == op and r.backend == backend for r in reports)} cases "
+        f"({', '.join(dict.fromkeys(names))}): {reason}"
+        for (op, backend, reason), names in refusals.items()
+    ]
+    for op, backend in dict.fromkeys((r.op, r.backend) for r in reports):
+        passed = [r for r in reports if r.ok and (r.op, r.backend) == (op, backend)]
+        worst = max((r.worst for r in passed if r.worst), key=lambda e: e.ratio, default=None)
+        note = f", worst {worst.ratio:.2f} of its bound ({worst})" if worst else ""
+        lines.append(f"passed  {op}.{backend}  {len(passed)} cases{note}")
+    return "\n".join(lines)
+
+
+def site_of(
+    op: Op,
+    case: Case,
+    dtype: torch.dtype,
+    machine: Machine,
+    *,
+    phase: str = "train",
+    compiled: bool = False,
+    deterministic: bool = False,
+) -> Site:
+    """The call site a case stands for."""
+    return Site(
+        op=op.name, machine=machine, name=f"case {case.name}", phase=phase, dtype=dtype, shape=case.shape, options=case.options,
+        compiled=compiled, deterministic=deterministic,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- functions
+
+
+def _check_function(
+    op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: torch.device, compiled: bool | str, seed: int, phase: str,
+    variants: Sequence[str], errors: list[Compared],
+) -> None:  # fmt: skip
+    arguments = op.cases.inputs(case, dtype, device, seed)
+    call = _prepared(backend, _compile(backend.function, compiled))
+    train = phase == "train"
+
+    first = _run(op.reference, arguments, None, train)
+    upstream = _upstream(first.outputs, seed)
+    exact = _run(op.reference, _wide(arguments), _wide(upstream), train)
+    same = _run(op.reference, arguments, upstream, train)
+    masks = op.cases.exact_zeros(case, arguments) if hasattr(op.cases, "exact_zeros") else {}
+
+    def compare(variant: str, got: _Result, exact: _Result, same: _Result) -> None:
+        if got.names() != same.names():
+            raise _Broken(
+                f"{variant}: returns {', '.join(got.names())} where the reference returns {', '.join(same.names())}"
+            )
+        for name, value in got.items():
+            errors.append(_compare(op, variant, name, value, exact[name], same[name], dtype))
+            mask = masks.get(name)
+            if mask is not None and bool((value[mask] != 0).any()):
+                raise _Broken(
+                    f"{variant} {name}: must be exactly zero where the reference defines it so (padding, rows that see nothing)"
+                )
+
+    for variant in variants:
+        if variant == "plain":
+            with contextlib.nullcontext() if compiled else _poisoned():
+                got = _run(call, arguments, upstream, train, unchanged=True)
+            compare(variant, got, exact, same)
+            if getattr(backend.module, "DETERMINISTIC", False):
+                with contextlib.nullcontext() if compiled else _poisoned():
+                    again = _run(call, arguments, upstream, train)
+                for name, value in again.items():
+                    if not _same_bits(value, got[name]):
+                        raise _Broken(f"{name}: two equal calls differ, and the module says DETERMINISTIC = True")
+        elif variant == "strided" and not compiled:
+            layout = {n: _strided(v, i + seed) for i, (n, v) in enumerate(arguments.items())}
+            grads = [_strided(g, i + seed + 1) for i, g in enumerate(upstream)]
+            compare(variant, _run(call, layout, grads, train, unchanged=True), exact, same)
+        elif variant == "expanded" and train:
+            one = [g.flatten()[:1].reshape([1] * g.dim()).expand(g.shape) if g.numel() else g for g in upstream]
+            want, near = (
+                _run(op.reference, _wide(arguments), _wide(one), True),
+                _run(op.reference, arguments, one, True),
+            )
+            compare(variant, _run(call, arguments, one, train, unchanged=True), want, near)
+        elif variant == "partial" and train and not compiled:
+            differentiable = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
+            for kept in differentiable if len(differentiable) > 1 else []:
+                subset = {n: v.detach() if isinstance(v, Tensor) and n != kept else v for n, v in arguments.items()}
+                got = _run(call, subset, upstream, train)
+                compare(f"gradient of {kept} alone:", got, exact.only(got), same.only(got))
+        elif variant == "no_grad" and not compiled:
+            got = _run(call, arguments, None, False)
+            compare(variant, got, exact.only(got), same.only(got))
+
+
+class _Result(dict[str, Tensor]):
+    """Tensors by name: "output" (or "output 0", ...) and "gradient of NAME"."""
+
+    def names(self) -> list[str]:
+        return sorted(self)
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return [v for n, v in self.items() if n.startswith("output")]
+
+    def only(self, other: _Result) -> _Result:
+        return _Result({n: v for n, v in self.items() if n in other})
+
+
+def _run(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    upstream: Sequence[Tensor] | None,
+    train: bool,
+    *,
+    unchanged: bool = False,
+) -> _Result:
+    """Call ``function`` on fresh leaves of ``arguments``; with ``upstream`` gradients, differentiate as well."""
+    leaves = {n: _leaf(v) if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    before = {n: v.detach().clone() for n, v in leaves.items() if isinstance(v, Tensor)} if unchanged else {}
+    grads_before = [g.clone() for g in upstream or []] if unchanged else []
+    with torch.set_grad_enabled(train):
+        raw = function(**leaves)
+    outputs = list(raw) if isinstance(raw, (tuple, list)) else [raw]
+    if not all(isinstance(o, Tensor) for o in outputs):
+        raise _Broken(f"returns {', '.join(type(o).__name__ for o in outputs)}; an op returns tensors")
+    names = ["output"] if not isinstance(raw, (tuple, list)) else [f"output {i}" for i in range(len(outputs))]
+    result = _Result({n: o.detach() for n, o in zip(names, outputs, strict=True)})
+    wanted = {n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
+    if train and upstream is not None and wanted:
+        pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
+        if not pairs:
+            raise _Broken(f"no output requires grad although {', '.join(wanted)} does")
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], list(wanted.values()), [g for _, g in pairs], allow_unused=True
+        )
+        for (name, leaf), gradient in zip(wanted.items(), found, strict=True):
+            result[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    for name, value in before.items():
+        if not _same_bits(value, leaves[name].detach()):
+            raise _Broken(f"changes its argument {name}")
+    for index, (now, then) in enumerate(zip(upstream or [], grads_before, strict=False)):
+        if not _same_bits(now, then):
+            raise _Broken(f"backward changes the upstream gradient of output {index}")
+    return result
+
+
+def _leaf(value: Tensor) -> Tensor:
+    """A fresh leaf with the same values *and strides* (its gaps too), so that one run cannot disturb the next."""
+    if value.numel() == 0 or value.is_contiguous():
+        fresh = value.detach().clone(memory_format=torch.preserve_format)
+    else:
+        whole = value.detach().untyped_storage().clone()
+        fresh = torch.empty(0, dtype=value.dtype, device=value.device).set_(
+            whole, value.storage_offset(), value.shape, value.stride()
+        )
+    return fresh.requires_grad_(value.requires_grad)
+
+
+def _prepared(backend: Backend, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the backend's ``prepare`` run on ``seq_start`` first, as the engine does once per micro-batch."""
+    prepare = backend.prepare
+    if prepare is None:
+        return function
+
+    def call(**arguments: Any) -> Any:
+        if isinstance(arguments.get("seq_start"), Tensor):
+            arguments = {**arguments, "seq_start": prepare(arguments["seq_start"])}
+        return function(**arguments)
+
+    return call
+
+
+def _compile(function: Callable[..., Any], compiled: bool | str) -> Callable[..., Any]:
+    if not compiled:
+        return function
+    torch._dynamo.reset()  # one code object serves every case: without this the recompile limit ends the session
+    return torch.compile(
+        lambda **arguments: function(**arguments),
+        fullgraph=True,
+        dynamic=False,
+        backend="inductor" if compiled is True else compiled,
+    )
+
+
+def _upstream(outputs: Sequence[Tensor], seed: int) -> list[Tensor]:
+    made = []
+    for index, output in enumerate(outputs):
+        generator = torch.Generator("cpu").manual_seed(1_000_003 * (seed + 1) + index)
+        made.append(torch.randn(output.shape, generator=generator).to(output.device, output.dtype))
+    return made
+
+
+def _wide(value: Any) -> Any:
+    """The same in fp64; integers, flags and numbers as they are."""
+    if isinstance(value, Tensor):
+        return value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {n: _wide(v) for n, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_wide(v) for v in value]
+    return value
+
+
+def _strided(value: Any, kind: int) -> Any:
+    """The same values in one of three other layouts, the gaps filled with NaN (0 for integers, so that a wrong index stays in range)."""
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 0:
+        return value
+    gap = math.nan if value.is_floating_point() else 0
+    if kind % 3 == 0 and value.dim() > 1:  # a slice of wider rows, as q in a fused qkv
+        block = torch.full((*value.shape[:-1], value.shape[-1] + 8), gap, dtype=value.dtype, device=value.device)
+        view = block[..., 5 : 5 + value.shape[-1]]
+    elif kind % 3 == 1 and value.dim() > 1:  # transposed
+        order = [*range(value.dim() - 2), value.dim() - 1, value.dim() - 2]
+        block = torch.full([value.shape[i] for i in order], gap, dtype=value.dtype, device=value.device)
+        view = block.permute(order)
+    else:  # every second element
+        block = torch.full((*value.shape[:-1], 2 * value.shape[-1]), gap, dtype=value.dtype, device=value.device)
+        view = block[..., ::2]
+    with torch.no_grad():
+        view.copy_(value)
+    return view.detach().requires_grad_(value.requires_grad)
+
+
+def _compare(op: Op, variant: str, name: str, got: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype) -> Compared:
+    if got.shape != exact.shape:
+        raise _Broken(f"{variant} {name}: shape {tuple(got.shape)} where the reference has {tuple(exact.shape)}")
+    if got.dtype != same.dtype or got.device != same.device:
+        raise _Broken(
+            f"{variant} {name}: is {got.dtype} on {got.device} where the reference gives {same.dtype} on {same.device}"
+        )
+    if exact.numel() == 0:
+        return Compared(variant, name, 0.0, 0.0, 0.0, 0.0)
+    floor_dtype = dtype if (op.name, name) in COARSE else got.dtype
+    floor_max, floor_rms = FLOORS[floor_dtype]
+    u = unit_roundoff(floor_dtype)
+    error, reference_error = (got.double() - exact).abs(), (same.double() - exact).abs()
+
+    def rms(t: Tensor) -> float:
+        return t.square().mean().sqrt().item()
+
+    return Compared(
+        variant,
+        name,
+        error.max().item(),
+        FACTOR * reference_error.max().item() + floor_max * u * exact.abs().max().item(),
+        rms(error),
+        FACTOR * rms(reference_error) + floor_rms * u * rms(exact),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- update ops
+
+
+def _check_update(
+    op: Op,
+    backend: Backend,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiled: bool | str,
+    seed: int,
+    errors: list[Compared],
+) -> None:
+    """An update op: several steps, each continuing from the state the one before left; compare what is mutated after every step."""
+    function = _compile(backend.function, compiled)
+    states: dict[str, dict[str, Any]] = {}
+    runs = [("got", function, _copy), ("exact", op.reference, _wide), ("same", op.reference, _copy)]
+    twice = getattr(backend.module, "DETERMINISTIC", False)
+    for step in range(1, op.cases.STEPS + 1):
+        arguments = op.cases.inputs(case, dtype, device, seed, step=step)
+        for label, run, convert in runs:
+            mine = {
+                n: v if n in op.updates and step > 1 else convert(v)
+                for n, v in {**arguments, **states.get(label, {})}.items()
+            }
+            read = {n: _copy(v) for n, v in mine.items() if n not in op.updates}
+            poison = _poisoned() if label == "got" and not compiled else contextlib.nullcontext()
+            again = {n: _copy(v) for n, v in mine.items()} if label == "got" and twice else None
+            with torch.no_grad(), poison:
+                if run(**mine) is not None:
+                    raise _Broken("returns a value; an update op returns None")
+                if again is not None:
+                    run(**again)
+            for name, value in read.items():
+                if not _same_bits(value, mine[name]):
+                    raise _Broken(f"step {step}: changes its argument {name}, which it only reads")
+            if again is not None and not all(_same_bits(mine[n], again[n]) for n in op.updates):
+                raise _Broken(f"step {step}: two equal calls differ, and the module says DETERMINISTIC = True")
+            states[label] = {n: mine[n] for n in op.updates}
+        for name in op.updates:
+            for index, value in enumerate(states["got"][name]):
+                want, near = states["exact"][name][index], states["same"][name][index]
+                errors.append(_compare(op, f"step {step}", f"{name}[{index}]", value, want, near, dtype))
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return [_copy(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    """Equal to the last bit, NaN equal to the same NaN."""
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_same_bits(x, y) for x, y in zip(a, b, strict=True))
+    if not isinstance(a, Tensor):
+        return a is b or a == b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    """Fill every new allocation with NaN. torch does so in its deterministic mode; operations that have no such mode only warn."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = _memory.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    _memory.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        _memory.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def _place(error: BaseException) -> str:
+    return "".join(traceback.format_tb(error.__traceback__)[-3:]).rstrip()
