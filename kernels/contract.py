@@ -1,13 +1,13 @@
-"""The conformance tests of a backend, shipped with the package: pytest calls them, and so does ``tritium kernels check``.
+"""The conformance tests of a backend, shipped: pytest calls them, and so does ``tritium kernels check``.
 
 A backend is right when, on every case it does not refuse, forward and every gradient stay within
 
     error ≤ FACTOR × (the error of the reference in the same dtype) + floor
 
-of the reference computed in fp64 from the same inputs; errors are measured as the largest (max) and as the root mean square (rms), and both
-must hold. The constants are in :data:`FACTOR` and :data:`FLOORS`; docs/numerics.md explains them. Beyond the numbers a backend
+of the reference computed in fp64 from the same inputs; errors are measured as the largest (max) and as the root mean square (rms),
+and both must hold. The constants are FACTOR and FLOORS; docs/numerics.md explains them. Beyond the numbers a backend
 
-    leaves its arguments and the upstream gradients as they were (an update op: all but the arguments it is there to update),
+    leaves its arguments and the upstream gradients as they were (an update op: all but what it is there to update),
     takes any strides, and upstream gradients that are expanded or strided,
     reads no memory that it did not write: allocations are filled with NaN,
     gives gradients for any subset of its inputs, and works without grad,
@@ -36,15 +36,15 @@ from tritium.kernels.op import Backend, Op
 from tritium.kernels.site import Machine, Site
 
 FACTOR = 2.0
-# (max, rms) floors in units of roundoff, relative to the largest value and to the rms of the fp64 result. They cover what the first term
-# cannot: a reference that happens to be exact on few elements, and another order of summation.
+# (max, rms) floors in units of roundoff, relative to the largest value and to the rms of the fp64 result. They cover what
+# the first term cannot: a reference that happens to be exact on few elements, and another order of summation.
 FLOORS: Mapping[torch.dtype, tuple[float, float]] = {
     torch.float64: (64.0, 32.0),
     torch.float32: (32.0, 16.0),
     torch.float16: (2.0, 1.0),
     torch.bfloat16: (1.0, 0.5),
 }
-# tensors whose floor is that of the compute dtype although they are wider: a scalar sum over logits that were rounded to the compute dtype
+# tensors whose floor is the compute dtype's although they are wider: one sum over logits rounded to the compute dtype
 COARSE = frozenset({("linear_cross_entropy", "output")})
 VARIANTS = ("plain", "strided", "expanded", "partial", "no_grad")
 
@@ -84,7 +84,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`check` found. ``ok`` is True only for a case that ran and kept every bound; a refused case is not ok."""
+    """What :func:`check` found. ``ok``: the case ran and kept every bound; a refused case is not ok."""
 
     op: str
     backend: str
@@ -137,9 +137,9 @@ def check(
 ) -> Report:
     """Hold one backend to the contract on one case.
 
-    compiled: True runs inside ``torch.compile(fullgraph=True)`` by Inductor, a string names another compiler ("aot_eager"); it resets
-    Dynamo's caches. phase: "train" checks forward and gradients, any other phase the forward only. machine: what the backend is asked
-    about, by default this one.
+    compiled: True runs inside ``torch.compile(fullgraph=True)`` by Inductor, a string names another compiler ("aot_eager");
+    it resets Dynamo's caches. phase: "train" checks forward and gradients, any other phase the forward only. machine: what
+    the backend is asked about, by default this one.
     """
     device = torch.device(device)
     loaded = backend if isinstance(backend, Backend) else op.load(backend)
@@ -147,7 +147,8 @@ def check(
 
     def report(ok: bool, reason: str = "", errors: Sequence[Compared] = (), refused: bool = False) -> Report:
         return Report(
-            op.name, loaded.name, case.name, dtype, str(device), phase, bool(compiled), ok, refused, reason, tuple(errors)
+            op=op.name, backend=loaded.name, case=case.name, dtype=dtype, device=str(device), phase=phase,
+            compiled=bool(compiled), ok=ok, refused=refused, reason=reason, errors=tuple(errors),
         )  # fmt: skip
 
     reason = loaded.unsupported(site)
@@ -194,7 +195,7 @@ def check_all(
 
 
 def format_reports(reports: Sequence[Report]) -> str:
-    """Reports as text: the failures in full, the refusals by reason, the passes by number and worst use of their bound."""
+    """Reports as text: failures in full, refusals by reason, passes by number and worst use of their bound."""
     lines = [str(r) for r in reports if r.status == "failed"]
     refusals: dict[tuple[str, str, str], list[str]] = {}
     for r in reports:
@@ -225,8 +226,8 @@ def site_of(
 ) -> Site:
     """The call site a case stands for."""
     return Site(
-        op=op.name, machine=machine, name=f"case {case.name}", phase=phase, dtype=dtype, shape=case.shape, options=case.options,
-        compiled=compiled, deterministic=deterministic,
+        op=op.name, machine=machine, name=f"case {case.name}", phase=phase, dtype=dtype, shape=case.shape,
+        options=case.options, compiled=compiled, deterministic=deterministic,
     )  # fmt: skip
 
 
@@ -234,8 +235,8 @@ def site_of(
 
 
 def _check_function(
-    op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: torch.device, compiled: bool | str, seed: int, phase: str,
-    variants: Sequence[str], errors: list[Compared],
+    op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: torch.device, compiled: bool | str, seed: int,
+    phase: str, variants: Sequence[str], errors: list[Compared],
 ) -> None:  # fmt: skip
     arguments = op.cases.inputs(case, dtype, device, seed)
     call = _prepared(backend, _compile(backend.function, compiled))
@@ -257,7 +258,7 @@ def _check_function(
             mask = masks.get(name)
             if mask is not None and bool((value[mask] != 0).any()):
                 raise _Broken(
-                    f"{variant} {name}: must be exactly zero where the reference defines it so (padding, rows that see nothing)"
+                    f"{variant} {name}: must be exactly 0 where the op defines it so (padding, ignored rows, nothing visible)"
                 )
 
     for variant in variants:
@@ -358,7 +359,7 @@ def _leaf(value: Tensor) -> Tensor:
 
 
 def _prepared(backend: Backend, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the backend's ``prepare`` run on ``seq_start`` first, as the engine does once per micro-batch."""
+    """``function`` with the backend's ``prepare`` run on ``seq_start``, as the engine does once per micro-batch."""
     prepare = backend.prepare
     if prepare is None:
         return function
@@ -403,7 +404,7 @@ def _wide(value: Any) -> Any:
 
 
 def _strided(value: Any, kind: int) -> Any:
-    """The same values in one of three other layouts, the gaps filled with NaN (0 for integers, so that a wrong index stays in range)."""
+    """The same values in one of three other layouts, the gaps filled with NaN (integers: 0, to stay in range)."""
     if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 0:
         return value
     gap = math.nan if value.is_floating_point() else 0
@@ -462,7 +463,7 @@ def _check_update(
     seed: int,
     errors: list[Compared],
 ) -> None:
-    """An update op: several steps, each continuing from the state the one before left; compare what is mutated after every step."""
+    """An update op: several steps, each from the state the one before left; what is mutated is compared after each."""
     function = _compile(backend.function, compiled)
     states: dict[str, dict[str, Any]] = {}
     runs = [("got", function, _copy), ("exact", op.reference, _wide), ("same", op.reference, _copy)]
@@ -519,7 +520,7 @@ def _same_bits(a: Any, b: Any) -> bool:
 
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
-    """Fill every new allocation with NaN. torch does so in its deterministic mode; operations that have no such mode only warn."""
+    """Fill every new allocation with NaN: torch does in its deterministic mode (operations without one only warn)."""
     enabled, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

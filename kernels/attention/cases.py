@@ -62,7 +62,7 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int
 
 
 def seq_start(case: Case) -> torch.Tensor:
-    """Documents whose lengths differ within and between rows; a pure function of the case, so that its FLOPs are one number."""
+    """Documents whose lengths differ within and between rows; a function of the case, so its FLOPs are one number."""
     B, Tq, Tk = (case.shape[letter] for letter in ("B", "Tq", "Tk"))
     starts = torch.zeros(B, Tq, dtype=torch.int32)
     for b in range(B):

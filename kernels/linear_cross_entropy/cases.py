@@ -1,6 +1,6 @@
 """Cases of linear_cross_entropy. N rows · C width · V real vocabulary · Vp padded vocabulary (rows of the weight).
 
-Options: the op's own; master (True): the weight is fp32 whatever x is; ignored (0.0): the share of rows that are ignored.
+Options: the op's own; master (True): the weight is fp32 whatever x is; ignored (0.0): the share of ignored rows.
 """
 
 import torch
