@@ -4,8 +4,7 @@ A backend is right when, on every case it does not refuse, forward and every gra
 
     error ≤ FACTOR × (the error of the reference in the same dtype) + floor
 
-of the reference computed in fp64 from the same inputs; errors are measured as the largest (max) and as the root mean square (rms),
-and both must hold. The constants are FACTOR and FLOORS; docs/numerics.md explains them. Beyond the numbers a backend
+of the reference computed in fp64 from the same inputs, for the largest error (max) and for the root mean square (rms). The constants are FACTOR and FLOORS; docs/numerics.md explains them. Beyond the numbers a backend
 
     leaves its arguments and the upstream gradients as they were (an update op: all but what it is there to update),
     takes any strides, and upstream gradients that are expanded or strided,
@@ -36,8 +35,8 @@ from tritium.kernels.op import Backend, Op
 from tritium.kernels.site import Machine, Site
 
 FACTOR = 2.0
-# (max, rms) floors in units of roundoff, relative to the largest value and to the rms of the fp64 result. They cover what
-# the first term cannot: a reference that happens to be exact on few elements, and another order of summation.
+# (max, rms) floors in units of roundoff, relative to the largest value and to the rms of the fp64 result. They cover
+# what the first term cannot: a reference that happens to be exact on few elements, and another order of summation.
 FLOORS: Mapping[torch.dtype, tuple[float, float]] = {
     torch.float64: (64.0, 32.0),
     torch.float32: (32.0, 16.0),
@@ -137,9 +136,9 @@ def check(
 ) -> Report:
     """Hold one backend to the contract on one case.
 
-    compiled: True runs inside ``torch.compile(fullgraph=True)`` by Inductor, a string names another compiler ("aot_eager");
-    it resets Dynamo's caches. phase: "train" checks forward and gradients, any other phase the forward only. machine: what
-    the backend is asked about, by default this one.
+    compiled: True runs inside ``torch.compile(fullgraph=True)`` by Inductor, a string names another compiler
+    ("aot_eager"); it resets Dynamo's caches. phase: "train" checks forward and gradients, any other the forward only.
+    machine: what the backend is asked about, by default this one.
     """
     device = torch.device(device)
     loaded = backend if isinstance(backend, Backend) else op.load(backend)
@@ -179,7 +178,10 @@ def check_all(
     large: bool = False,
     cases: Iterable[Case] | None = None,
 ) -> list[Report]:
-    """:func:`check` over the op's cases (``large`` ones only when asked for) and dtypes. A case refused for training is tried forward only."""
+    """:func:`check` over the op's cases (``large`` ones only when asked for) and dtypes.
+
+    A case that is refused for training is tried forward only as well.
+    """
     reports = []
     for case in op.cases.CASES if cases is None else cases:
         if case.large and not large:
@@ -257,9 +259,7 @@ def _check_function(
             errors.append(_compare(op, variant, name, value, exact[name], same[name], dtype))
             mask = masks.get(name)
             if mask is not None and bool((value[mask] != 0).any()):
-                raise _Broken(
-                    f"{variant} {name}: must be exactly 0 where the op defines it so (padding, ignored rows, nothing visible)"
-                )
+                raise _Broken(f"{variant} {name}: must be exactly 0 where the op says so (padding, ignored rows)")
 
     for variant in variants:
         if variant == "plain":
