@@ -1,0 +1,454 @@
+"""Training: ``main(config)`` sets up and runs the one loop: evaluate, sample, save, stop?, step, log."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritium.engine import checkpoint, metrics, precision, recompute
+from tritium.engine.config import Config, ConfigError
+from tritium.engine.model import GPT
+from tritium.engine.optim import AdamW
+from tritium.engine.parallel import World
+from tritium.engine.parallel import world as join_world
+from tritium.engine.report import Progress, Reporter
+from tritium.engine.schedule import learning_rate
+from tritium.engine.step import Loss, MicroBatch, train_step
+from tritium.kernels import op
+from tritium.kernels.site import Machine
+
+
+@dataclass
+class Outcome:
+    """How a run ended. status: "done", "interrupted" (Ctrl-C, SIGTERM; saved) or "behind" (did not beat the bigram model).
+
+    bits_per_byte: model, unigram, bigram on the validation text, where known. out and checkpoint: paths.
+    """
+
+    status: str
+    out: pathlib.Path
+    checkpoint: pathlib.Path | None
+    step: int
+    val_loss: float
+    bits_per_byte: dict[str, float] = field(default_factory=dict)
+    sample: str = ""
+    messages: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return {"done": 0, "behind": 1, "interrupted": 130}[self.status]
+
+
+@dataclass
+class Engine:
+    """A model made ready to train: what the loop, the tests and the benchmarks step with."""
+
+    config: Config
+    model: GPT
+    optimizer: AdamW
+    loss: Loss
+    table: list[op.Row]
+    dtype: torch.dtype
+    world: World
+    compiled: bool
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint stores, as flat names → tensors that are written in place on load."""
+        state = {f"model.{k}": v for k, v in self.optimizer.master_weights().items()}
+        state |= {f"optimizer.{k}": v for k, v in self.optimizer.state_dict().items()}
+        return state
+
+
+def build(config: Config, world: World = World(), *, compile: bool | None = None) -> Engine:
+    """Model, kernels, optimizer and loss for ``config`` (whose vocab_size is set) on ``world.device``; weights are fresh.
+
+    compile: overrides config.train.compile. KernelError when a kernel choice cannot be met.
+    """
+    device = world.device
+    torch.manual_seed(config.train.seed)
+    with torch.device(device):
+        model = GPT(config.model)
+    dtype = precision.resolve(config.train.precision, device)
+    masters = precision.to_compute_dtype(model, dtype)
+    optimizer = AdamW(model, config.optim, masters)
+    compiled = should_compile(config, device)[0] if compile is None else compile
+    table = op.bind(
+        [model, optimizer], config.kernels.choices(), machine=Machine.here(device), dtype=dtype, compiled=compiled,
+        deterministic=is_deterministic(config, device),
+    )  # fmt: skip
+    accumulates = config.train.batch_rows > config.train.micro_rows  # over micro-batches or processes: sum gradients in fp32
+    if masters and accumulates:
+        for name, parameter in model.named_parameters():
+            if name in masters:
+                parameter.grad_dtype = torch.float32
+    recompute.apply(model, config.train.recompute, config.train.recompute_keep)
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    model.train()
+
+    def loss(batch: MicroBatch) -> Tensor:
+        return forward(batch.ids, batch.targets, batch.seq_start)
+
+    return Engine(config, model, optimizer, loss, table, dtype, world, compiled)
+
+
+def is_deterministic(config: Config, device: torch.device) -> bool:
+    return config.train.deterministic == "true" or (config.train.deterministic == "auto" and device.type == "cpu")
+
+
+def should_compile(config: Config, device: torch.device) -> tuple[bool, str | None]:
+    """Whether to compile, and why not when ``auto`` decides against it. ConfigError when ``true`` cannot be met."""
+    if config.train.compile == "false":
+        return False, None
+    reason = None
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler) is None and (device.type == "cpu" or shutil.which(os.environ.get("CC") or "gcc") is None):
+        reason = f"no compiler ({compiler}) was found"
+    elif not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        reason = "Python.h is missing (Debian: apt install python3-dev)"
+    if reason and config.train.compile == "true":
+        raise ConfigError(f"train.compile=true needs a C++ compiler and Python's headers, and {reason}; install it or use --train.compile auto")
+    return reason is None, reason
+
+
+@contextlib.contextmanager
+def determinism(on: bool) -> Iterator[None]:
+    """torch's deterministic algorithms for the duration, without its NaN-filling of fresh memory."""
+    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class Stop:
+    """Set by the first SIGINT or SIGTERM; a second one stops at once with what the last checkpoint holds."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def main(config: Config, reporter: Reporter | None = None) -> Outcome:
+    """Train ``config`` to its last step, resuming when its run folder holds a checkpoint.
+
+    Raises ConfigError, KernelError, DataError or CheckpointError, each with a message for the user.
+    """
+    with join_world(config.train.device) as world:
+        config.check(world.size)
+        reporter = reporter or Reporter()
+        if not world.first:
+            reporter = Reporter(quiet=True)
+        try:
+            with determinism(is_deterministic(config, world.device)), Stop() as stop:
+                return _run(config, world, reporter, stop)
+        finally:
+            reporter.close()
+
+
+def _run(config: Config, world: World, reporter: Reporter, stop: Stop) -> Outcome:
+    from tritium.engine.tasks.pretraining import Pretraining
+
+    started = time.perf_counter()
+    out = pathlib.Path(config.run.out or f"runs/{config.name}")
+    found = _to_resume(config, out, world, reporter)
+    data = prepared(config, world, reporter)
+    task = Pretraining(config, data)
+    config = with_vocabulary(config, task.vocab_size)
+    task.config = config
+    if found is not None:
+        checkpoint.check_compatible(found.config, config, found.path)
+        _check_data(found, task)
+
+    compiled, why_not = should_compile(config, world.device)
+    if why_not:
+        reporter.warn(f"not compiling: {why_not}; training runs eagerly and slower")
+    engine = build(config, world)
+    parameters = sum(p.numel() for p in engine.model.parameters())
+    reporter.note(
+        f"{config.name}: {parameters / 1e6:.1f}M parameters, {str(engine.dtype).removeprefix('torch.')}, {world.device.type} × {world.size}, "
+        f"{'compiled' if compiled else 'eager'}, {config.batch_tokens:,} tokens a step"
+    )
+    reporter.note(op.format_table(engine.table))
+
+    step = 0
+    if found is not None:
+        step = restore(engine, found)
+        reporter.note(f"resumed from {found.path} at step {step}")
+    if world.first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(config.to_json())
+    log = metrics.MetricsFile(out / "metrics.jsonl", step) if world.first else None
+    board = _tensorboard(out, step) if world.first and config.run.tensorboard else None
+    with contextlib.ExitStack() as stack:
+        if log is not None:
+            stack.callback(log.close)
+        if board is not None:
+            stack.callback(board.close)
+        loop = Loop(config, world, reporter, stop, engine, task, out, log, board, started)
+        return loop.run(step)
+
+
+@dataclass
+class Loop:
+    """The loop and what it needs."""
+
+    config: Config
+    world: World
+    reporter: Reporter
+    stop: Stop
+    engine: Engine
+    task: Any
+    out: pathlib.Path
+    log: metrics.MetricsFile | None
+    board: Any
+    started: float
+
+    def run(self, step: int) -> Outcome:
+        c, t, world, device = self.config, self.config.train, self.world, self.world.device
+        micro_batches = t.batch_rows // (t.micro_rows * world.size)
+        rate = metrics.matmul_rate(device, self.engine.dtype, t.micro_rows * c.model.block_size, c.model.n_embd, c.model.hidden_width)
+        flops = metrics.flops_per_token(c.model)
+        lr, inverse_count = torch.zeros((), device=device), torch.full((), 1.0 / c.batch_tokens, device=device)
+        batches = self.task.batches(step * t.batch_rows, world.rank, world.size, pin_memory=device.type == "cuda")
+        waiting: tuple[int, Tensor, Tensor, float] | None = None  # the step whose loss has not been read yet
+        saved = step if step else None
+        val: dict[str, float] = {}
+        clock, clock_step, first = time.perf_counter(), step, step
+        evaluated = -1
+        while True:
+            last = step >= t.steps
+            stopping = world.any(self.stop.asked)
+            if (t.eval_every and step % t.eval_every == 0 and step > first) and not last and not stopping:
+                waiting = self._report(waiting, val, clock, clock_step, rate, flops)
+                val = self._evaluate(step, t.eval_tokens)
+                evaluated = step
+                clock, clock_step = time.perf_counter(), step
+            if t.sample_every and step % t.sample_every == 0 and step > first and not last and not stopping:
+                self._sample(step)
+                clock, clock_step = time.perf_counter(), step
+            if (c.run.save_every and step % c.run.save_every == 0 and step > first) and not last and not stopping:
+                saved = self._save_or_warn(step, saved)
+                clock, clock_step = time.perf_counter(), step
+            if last or stopping:
+                self._report(waiting, val, clock, clock_step, rate, flops)
+                break
+            value = learning_rate(step, t.steps, c.optim)
+            lr.fill_(value)
+            work = [next(batches).to(device) for _ in range(micro_batches)]
+            loss, norm = train_step(self.engine.loss, self.engine.optimizer, work, lr, inverse_count, world)
+            step += 1
+            if waiting is not None and (waiting[0] % t.log_every == 0 or waiting[0] == first + 1):
+                # read a step late: by now the device has long computed it, so the host does not wait
+                self._report(waiting, val, clock, clock_step, rate, flops)
+                clock, clock_step = time.perf_counter(), step
+            waiting = (step, loss, norm, value)
+        batches.close()
+        return self._finish(step, saved, evaluated, val, interrupted=not last)
+
+    def _report(
+        self, waiting: tuple[int, Tensor, Tensor, float] | None, val: dict[str, float], clock: float, clock_step: int, rate: float, flops: int
+    ) -> None:
+        """Read one step's loss, show it and log it."""
+        if waiting is None:
+            return
+        step, loss, norm, lr = waiting
+        seconds, done = time.perf_counter() - clock, step - clock_step
+        speed = done * self.config.batch_tokens / seconds if done > 0 else math.nan
+        left = self.config.train.steps - step
+        progress = Progress(
+            step=step, steps=self.config.train.steps, loss=loss.item(), val_loss=val.get("val_loss", math.nan), lr=lr,
+            grad_norm=norm.item(), tokens=step * self.config.batch_tokens, tokens_per_s=speed,
+            matmul_fraction=speed * flops / (rate * self.world.size),
+            eta_s=left * self.config.batch_tokens / speed if speed > 0 else math.nan,
+        )  # fmt: skip
+        self.reporter.progress(progress)
+        values = {k: v for k, v in dataclasses.asdict(progress).items() if not (isinstance(v, float) and math.isnan(v))}
+        values.pop("val_loss", None)
+        self._log({"kind": "step", **values, "skipped": self.engine.optimizer.skipped.item()})
+        if not math.isfinite(progress.loss):
+            self.reporter.warn(f"step {step}: the loss is {progress.loss}; steps with a gradient norm that is not finite are skipped")
+
+    def _log(self, values: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(**values)
+        if self.board is not None:
+            for key, value in values.items():
+                if isinstance(value, (int, float)) and key not in ("step", "steps"):
+                    self.board.add_scalar(f"{values['kind']}/{key}", value, values["step"])
+
+    def _evaluate(self, step: int, limit_tokens: int) -> dict[str, float]:
+        result = self.task.evaluate(self.engine.model, self.world.device, limit_tokens)
+        self._log({"kind": "eval", "step": step, "tokens": step * self.config.batch_tokens, **result})
+        return result
+
+    def _sample(self, step: int) -> str:
+        """A sample that leaves the run's random state as it found it: sampling must not change what is learned."""
+        if not self.world.first:
+            return ""
+        state = checkpoint.random_state(0, self.world.device)
+        text = self.task.sample(self.engine.model, self.world.device, self.config.train.sample_tokens, seed=step)
+        checkpoint.set_random_state(state, 0, self.world.device)
+        if text:
+            self.reporter.sample(step, text)
+            with (self.out / "samples.txt").open("a") as file:
+                file.write(f"=== step {step} ===\n{text}\n\n")
+        return text
+
+    def _save(self, step: int) -> pathlib.Path:
+        state = self.engine.state() | checkpoint.random_state(self.world.rank, self.world.device)
+        meta = {
+            "step": step,
+            "position": step * self.config.train.batch_rows,
+            "config": dataclasses.asdict(self.config),
+            "kernels": [dataclasses.asdict(row) for row in self.engine.table],
+            "task": self.task.identity,
+        }
+        path = checkpoint.save(self.out, state, meta, self.world, self.config.run.keep)
+        if self.world.first:
+            self.task.tokenizer.save(self.out / "tokenizer")
+        return path
+
+    def _save_or_warn(self, step: int, saved: int | None) -> int | None:
+        """A save in the middle of a run that fails is no reason to lose the run: say so and try again at the next one."""
+        try:
+            self._save(step)
+        except checkpoint.CheckpointError as error:
+            self.reporter.warn(f"{error}. Training goes on; the last good checkpoint is of step {saved or 'none'}")
+            return saved
+        return step
+
+    def _finish(self, step: int, saved: int | None, evaluated: int, val: dict[str, float], interrupted: bool) -> Outcome:
+        c = self.config
+        path = checkpoint.folder_of(self.out, step) if saved == step else self._save(step)
+        if interrupted:
+            message = f"stopped at step {step} of {c.train.steps}; saved {path}; the same command continues from there"
+            return Outcome("interrupted", self.out, path, step, val.get("val_loss", math.nan), messages=[message])
+        val = self._evaluate(step, 0 if c.run.require_bigram else c.train.eval_tokens)
+        sample = self._sample(step)
+        outcome = Outcome("done", self.out, path, step, val["val_loss"], {"model": val["bits_per_byte"]}, sample)
+        if c.run.require_bigram:
+            outcome.bits_per_byte |= self.world.share(self.task.baselines() if self.world.first else None)  # type: ignore[operator]
+            if not outcome.bits_per_byte["model"] < outcome.bits_per_byte["bigram"]:
+                outcome.status = "behind"
+        if self.world.first:
+            from tritium.engine.plots import plot_losses
+
+            (self.out / "sample.txt").write_text(sample)
+            self._log({"kind": "end", "step": step, **{f"{k}_bits_per_byte": v for k, v in outcome.bits_per_byte.items()}})
+            plot_losses(self.out)
+        return outcome
+
+
+def data_folder(config: Config) -> pathlib.Path:
+    """Where the prepared shards of ``config`` are: data.folder, or a name made from sources and tokenizer."""
+    if config.data.folder:
+        return pathlib.Path(config.data.folder)
+    parts = [*(pathlib.Path(s).stem for s in config.data.sources), pathlib.Path(config.data.tokenizer).stem]
+    return pathlib.Path("data") / "-".join("".join(ch if ch.isalnum() else "_" for ch in part) for part in parts)
+
+
+def prepared(config: Config, world: World, reporter: Reporter) -> pathlib.Path:
+    """The folder of shards, prepared by the first process when it is not there yet."""
+    from tritium.engine.data.prepare import is_prepared, prepare
+
+    folder = data_folder(config)
+    failure = None
+    if world.first and not (config.data.folder and is_prepared(folder)):
+        try:
+            prepare(
+                config.data.sources, folder, tokenizer=config.data.tokenizer, field=config.data.field,
+                val_fraction=config.data.val_fraction, seed=config.data.seed, progress=None,
+            )  # fmt: skip
+        except Exception as error:  # told to the other processes first, or they would wait for a barrier that never comes
+            failure = error
+    if world.any(failure is not None):
+        raise failure or RuntimeError("preparing the data failed on the first process")
+    return folder
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """The model's vocabulary from the tokenizer when left 0; ConfigError when the data's ids would not fit."""
+    if config.model.vocab_size == 0:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    if config.model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the data's tokenizer, which has {vocab_size} ids: ids beyond the "
+            f"table have no row. Use --model.vocab_size {vocab_size}, or 0 to take it from the data"
+        )
+    return config
+
+
+def _to_resume(config: Config, out: pathlib.Path, world: World, reporter: Reporter) -> checkpoint.Checkpoint | None:
+    if config.run.resume == "never":
+        if checkpoint.candidates(out):
+            raise ConfigError(f"run.resume=never and {out} already holds checkpoints, which a new run would mix with; choose another --run.out")
+        return None
+    found = checkpoint.newest(out, reporter.warn)
+    if found is None and config.run.resume == "must":
+        raise ConfigError(f"run.resume=must and {out} holds no checkpoint; check --run.out, or use --run.resume auto to start one")
+    return found
+
+
+def restore(engine: Engine, found: checkpoint.Checkpoint) -> int:
+    """Load a checkpoint into the engine, random state included; returns its step.
+
+    A process that was not there when the checkpoint was written (another number of processes) keeps its fresh random state.
+    """
+    world = engine.world
+    rng = checkpoint.random_state(world.rank, world.device) if world.rank < int(found.meta["world_size"]) else {}
+    checkpoint.read(found, engine.state() | rng)
+    engine.optimizer.refresh_copies()
+    if rng:
+        checkpoint.set_random_state(rng, world.rank, world.device)
+    return found.step
+
+
+def _check_data(found: checkpoint.Checkpoint, task: Any) -> None:
+    stored, current = found.meta["task"], json.loads(json.dumps(task.identity))
+    if stored != current:
+        changed = [k for k in current if stored.get(k) != current[k]]
+        raise ConfigError(
+            f"{found.path} was trained on other data ({', '.join(changed)} differ): its token ids and sample order would mean something "
+            "else. Point --data.folder at the original shards, or start a new run with --run.out OTHER_FOLDER"
+        )
+
+
+def _tensorboard(out: pathlib.Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
