@@ -159,6 +159,39 @@ def read(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
         dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
 
 
+@dataclass(frozen=True)
+class Restored:
+    """A trained model ready for inference: eval mode, fp32, unbound kernels (bind it to choose others)."""
+
+    model: Any
+    config: Config
+    tokenizer: Any
+    step: int
+    path: pathlib.Path
+
+
+def load_run(path: pathlib.Path | str, device: str = "cpu", warn: Callable[[str], None] = print) -> Restored:
+    """The model of a run folder (its newest good checkpoint) or of one checkpoint folder. Raises CheckpointError."""
+    from tritium.engine.data.tokenizer import load_tokenizer
+    from tritium.engine.model import GPT
+
+    path = pathlib.Path(path)
+    if (path / _SUMS).exists():
+        found, out = verify(path), path.resolve().parent.parent
+    else:
+        if not path.is_dir():
+            raise CheckpointError(f"{path} does not exist: give a run folder (runs/NAME) or one of its checkpoints")
+        newest_good = newest(path, warn)
+        if newest_good is None:
+            raise CheckpointError(f"{path} holds no checkpoint: give a run folder (runs/NAME) or one of its checkpoints")
+        found, out = newest_good, path
+    config = found.config
+    with torch.device(device):
+        model = GPT(config.model)
+    read(found, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    return Restored(model.eval(), config, load_tokenizer(out / "tokenizer"), found.step, found.path)
+
+
 # A checkpoint may be continued with other values of these only by starting a new run: they change what has been learned from what.
 _FIXED = ("model.", "data.seed", "data.documents", "train.batch_rows", "train.seed")
 

@@ -174,16 +174,15 @@ def main(config: Config, reporter: Reporter | None = None) -> Outcome:
         if not world.first:
             reporter = Reporter(quiet=True)
         try:
-            with determinism(is_deterministic(config, world.device)), Stop() as stop:
-                return _run(config, world, reporter, stop)
+            with determinism(is_deterministic(config, world.device)):
+                return _run(config, world, reporter)
         finally:
             reporter.close()
 
 
-def _run(config: Config, world: World, reporter: Reporter, stop: Stop) -> Outcome:
+def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
     from tritium.engine.tasks.pretraining import Pretraining
 
-    started = time.perf_counter()
     out = pathlib.Path(config.run.out or f"runs/{config.name}")
     found = _to_resume(config, out, world, reporter)
     data = prepared(config, world, reporter)
@@ -194,7 +193,7 @@ def _run(config: Config, world: World, reporter: Reporter, stop: Stop) -> Outcom
         checkpoint.check_compatible(found.config, config, found.path)
         _check_data(found, task)
 
-    compiled, why_not = should_compile(config, world.device)
+    _, why_not = should_compile(config, world.device)
     if why_not:
         reporter.warn(f"not compiling: {why_not}; training runs eagerly and slower")
     engine = build(config, world)
@@ -219,8 +218,8 @@ def _run(config: Config, world: World, reporter: Reporter, stop: Stop) -> Outcom
             stack.callback(log.close)
         if board is not None:
             stack.callback(board.close)
-        loop = Loop(config, world, reporter, stop, engine, task, out, log, board, started)
-        return loop.run(step)
+        stop = stack.enter_context(Stop())  # from here on Ctrl-C saves; before, there is nothing to save and it just ends the run
+        return Loop(config, world, reporter, stop, engine, task, out, log, board).run(step)
 
 
 @dataclass
@@ -236,7 +235,6 @@ class Loop:
     out: pathlib.Path
     log: metrics.MetricsFile | None
     board: Any
-    started: float
 
     def run(self, step: int) -> Outcome:
         c, t, world, device = self.config, self.config.train, self.world, self.world.device
