@@ -4,7 +4,8 @@ A backend is right when, on every case it does not refuse, forward and every gra
 
     error ≤ FACTOR × (the error of the reference in the same dtype) + floor
 
-of the reference computed in fp64 from the same inputs, for the largest error (max) and for the root mean square (rms). The constants are FACTOR and FLOORS; docs/numerics.md explains them. Beyond the numbers a backend
+of the reference computed in fp64 from the same inputs, for the largest error (max) and for the root
+mean square (rms). The constants are FACTOR and FLOORS; docs/numerics.md explains them. Beyond the numbers a backend
 
     leaves its arguments and the upstream gradients as they were (an update op: all but what it is there to update),
     takes any strides, and upstream gradients that are expanded or strided,

@@ -1,0 +1,44 @@
+"""Cases of add_layer_norm: those of layer_norm, with a residual of x's shape. N rows · C width.
+
+Options: layer_norm's: bias (True), wide (False: weight and bias in fp32 beside a narrower x), eps.
+"""
+
+import math
+
+import torch
+
+from tritium.kernels.case import Case
+from tritium.kernels.layer_norm import cases as layer_norm
+
+CASES = layer_norm.CASES
+
+
+def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, object]:
+    found = layer_norm.inputs(case, dtype, device, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    residual = torch.randn(*layer_norm.leading(case), case.shape["C"], generator=generator)
+    return {"x": found.pop("x"), "residual": residual.to(device, dtype).requires_grad_(), **found}
+
+
+def _elements(case: Case) -> int:
+    return math.prod(layer_norm.leading(case)) * case.shape["C"]
+
+
+def flops(case: Case) -> int:
+    """layer_norm's, and one add per element."""
+    return layer_norm.flops(case) + _elements(case)
+
+
+def flops_backward(case: Case) -> int:
+    """layer_norm's, and one add per element: the gradient that comes along the residual."""
+    return layer_norm.flops_backward(case) + _elements(case)
+
+
+def bytes(case: Case, dtype: torch.dtype) -> int:
+    """Read x and residual, write y and s: two tensors more than layer_norm."""
+    return layer_norm.bytes(case, dtype) + 2 * dtype.itemsize * _elements(case)
+
+
+def bytes_backward(case: Case, dtype: torch.dtype) -> int:
+    """Read s, dy and ds, write the one gradient that x and residual share: one tensor more than layer_norm."""
+    return layer_norm.bytes_backward(case, dtype) + dtype.itemsize * _elements(case)

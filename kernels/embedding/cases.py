@@ -1,0 +1,66 @@
+"""Cases of embedding. B batch · T time · N rows · V rows of the table · C width.
+
+Options: repeated (False): few distinct ids.
+"""
+
+import math
+
+import torch
+
+from tritium.kernels.case import Case
+
+CASES = (
+    Case("one", {"N": 1, "V": 1, "C": 1}),
+    Case("no_rows", {"N": 0, "V": 5, "C": 8}),
+    Case("odd", {"N": 13, "V": 17, "C": 33}),
+    Case("two_axes", {"B": 3, "T": 5, "V": 40, "C": 24}),
+    Case("positions", {"T": 12, "V": 16, "C": 20}),
+    Case("repeated", {"B": 4, "T": 30, "V": 50, "C": 16}, {"repeated": True}),
+    *(
+        Case(f"gpt2_{name}", {"B": 16, "T": 1024, "V": 50304, "C": C}, large=True)
+        for name, C in {"124m": 768, "350m": 1024, "774m": 1280, "1558m": 1600}.items()
+    ),
+)
+
+
+def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(seed)
+    V, C = case.shape["V"], case.shape["C"]
+    ids = torch.randint(0, min(V, 3) if case.options.get("repeated") else V, _axes(case), generator=generator)
+    if ids.numel() > 1:
+        ids.view(-1)[-1] = V - 1
+    weight = torch.randn(V, C, generator=generator)
+    return {"ids": ids.to(device), "weight": weight.to(device, dtype).requires_grad_()}
+
+
+def _axes(case: Case) -> tuple[int, ...]:
+    return tuple(case.shape[letter] for letter in ("B", "T", "N") if letter in case.shape)
+
+
+def exact_zeros(case: Case, arguments: dict[str, object]) -> dict[str, torch.Tensor]:
+    """The gradient of a row that no id names."""
+    unused = torch.ones(case.shape["V"], dtype=torch.bool, device=arguments["ids"].device)
+    unused[arguments["ids"].flatten()] = False
+    return {"gradient of weight": unused[:, None].expand(-1, case.shape["C"])}
+
+
+def flops(case: Case) -> int:
+    """None: a copy."""
+    return 0
+
+
+def flops_backward(case: Case) -> int:
+    """One add per element."""
+    return math.prod(_axes(case)) * case.shape["C"]
+
+
+def bytes(case: Case, dtype: torch.dtype) -> int:
+    """Read the ids and a row for each, write the rows."""
+    N = math.prod(_axes(case))
+    return 8 * N + 2 * dtype.itemsize * N * case.shape["C"]
+
+
+def bytes_backward(case: Case, dtype: torch.dtype) -> int:
+    """Read the ids and dy, write the whole gradient of the table."""
+    N = math.prod(_axes(case))
+    return 8 * N + dtype.itemsize * (N + case.shape["V"]) * case.shape["C"]

@@ -1,0 +1,76 @@
+"""Cases of linear. N rows (the product of the leading axes) · C input width · F output width.
+
+Options: bias (True).
+"""
+
+import math
+
+import torch
+
+from tritium.kernels.case import Case
+
+_GPT2 = {"124m": 768, "350m": 1024, "774m": 1280, "1558m": 1600}
+CASES = (
+    Case("one_row", {"N": 1, "C": 16, "F": 8}),
+    Case("one_column", {"N": 5, "C": 1, "F": 1}),
+    Case("no_rows", {"N": 0, "C": 8, "F": 12}),
+    Case("odd", {"N": 13, "C": 33, "F": 17}),
+    Case("no_bias", {"N": 9, "C": 20, "F": 31}, {"bias": False}),
+    Case("three_axes", {"B": 2, "T": 5, "C": 24, "F": 16}),
+    Case("three_axes_no_bias", {"B": 3, "T": 2, "C": 16, "F": 40}, {"bias": False}),
+    Case("vector", {"C": 20, "F": 6}),
+    Case("long_sum", {"N": 3, "C": 1030, "F": 7}),
+    *(
+        Case(f"gpt2_{name}_{place}", {"N": 16384, "C": C * wide_in, "F": C * wide_out}, large=True)
+        for name, C in _GPT2.items()
+        for place, wide_in, wide_out in (("qkv", 1, 3), ("projection", 1, 1), ("up", 1, 4), ("down", 4, 1))
+    ),
+    *(
+        Case(f"gpt2_{name}_head", {"N": 16384, "C": C, "F": 50304}, {"bias": False}, large=True)
+        for name, C in _GPT2.items()
+    ),
+    Case("llama_8b_up", {"N": 8192, "C": 4096, "F": 14336}, {"bias": False}, large=True),
+)
+
+
+def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(seed)
+    C, F = case.shape["C"], case.shape["F"]
+
+    def make(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype).requires_grad_()
+
+    return {
+        "x": make(*leading(case), C),
+        "weight": make(F, C, scale=C**-0.5),
+        "bias": make(F) if case.options.get("bias", True) else None,
+    }
+
+
+def leading(case: Case) -> tuple[int, ...]:
+    """The axes before C."""
+    return tuple(case.shape[letter] for letter in ("B", "T", "N") if letter in case.shape)
+
+
+def flops(case: Case) -> int:
+    """One GEMM, and the bias."""
+    N, C, F = math.prod(leading(case)), case.shape["C"], case.shape["F"]
+    return 2 * N * C * F + (N * F if case.options.get("bias", True) else 0)
+
+
+def flops_backward(case: Case) -> int:
+    """Two GEMMs, dx and dweight, and the sum of dbias."""
+    N, C, F = math.prod(leading(case)), case.shape["C"], case.shape["F"]
+    return 4 * N * C * F + (N * F if case.options.get("bias", True) else 0)
+
+
+def bytes(case: Case, dtype: torch.dtype) -> int:
+    """Read x, weight and bias, write y."""
+    N, C, F = math.prod(leading(case)), case.shape["C"], case.shape["F"]
+    return dtype.itemsize * (N * C + F * C + N * F + (F if case.options.get("bias", True) else 0))
+
+
+def bytes_backward(case: Case, dtype: torch.dtype) -> int:
+    """Read x, weight and dy, write dx, dweight and dbias."""
+    N, C, F = math.prod(leading(case)), case.shape["C"], case.shape["F"]
+    return dtype.itemsize * (2 * N * C + 2 * F * C + N * F + (F if case.options.get("bias", True) else 0))
