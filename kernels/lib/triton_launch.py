@@ -1,0 +1,71 @@
+"""What every Triton launcher needs to know about its device, and the reasons every Triton backend may refuse for.
+
+The facts come from Triton's active driver, never from torch.cuda, so that the ahead-of-time checks, which put a driver of another
+architecture in its place, compile exactly what a launcher would choose there. In the interpreter there is no driver: launchers then act as
+on an H100 with few processors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.driver import driver
+
+from tritium.kernels.site import Site, interpreting, triton_unavailable
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED_ARCH, INTERPRETED_PROCESSORS = 90, 3
+
+
+def arch() -> int:
+    """The compute capability Triton compiles for: 90 for sm_90."""
+    return INTERPRETED_ARCH if interpreting() else int(driver.active.get_current_target().arch)
+
+
+_processors: dict[tuple[int, int], int] = {}
+
+
+def processors() -> int:
+    """The number of streaming multiprocessors of the current device."""
+    if interpreting():
+        return INTERPRETED_PROCESSORS
+    key = (arch(), int(driver.active.get_current_device()))
+    if key not in _processors:
+        _processors[key] = int(driver.active.utils.get_device_properties(key[1])["multiprocessor_count"])
+    return _processors[key]
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device; this makes it the tensor's."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last axis is dense, which is all the kernels ask for; otherwise a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def power_of_two(n: int) -> int:
+    return triton.next_power_of_2(n)
+
+
+def unsupported(site: Site) -> str | None:
+    """Why no Triton kernel of this package can serve a site, whatever the op, or None."""
+    reason = triton_unavailable(site)
+    if reason is None and site.dtype not in DTYPES:
+        reason = f"computes in float32, bfloat16 or float16, the site is {site.dtype}; choose reference"
+    return reason
+
+
+def require_dtype(op: str, **tensors: Tensor | None) -> None:
+    """Raise TypeError unless every tensor has a dtype the kernels compute in."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{op} in Triton takes float32, bfloat16 or float16; {name} is {tensor.dtype}; cast it, or choose reference"
+            )
