@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tritium.engine.config import Config, ConfigError
 from tritium.engine.parallel import World
@@ -63,34 +64,39 @@ def save(out: pathlib.Path, state: dict[str, Tensor], meta: dict[str, Any], worl
     """
     final = folder_of(out, meta["step"])
     temporary = final.with_name(f".{final.name}.tmp")
-    failure = None
-    try:
-        if world.first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        world.barrier()
+
+    def clear() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def write() -> None:
         with _quiet():
             dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True), no_dist=world.size == 1)
-        if world.first:
-            meta = {"format": FORMAT, "world_size": world.size, "versions": versions(), **meta}
-            _write(temporary / _RUN, json.dumps(meta, indent=2))
-            sums = {p.name: _sha256(p) for p in sorted(temporary.iterdir())}
-            _write(temporary / _SUMS, json.dumps(sums, indent=2))
-            _sync_folder(temporary)
-            if final.exists():  # the same step once more (a run that was resumed and stopped at once)
-                shutil.rmtree(final)
-            temporary.rename(final)
-            _sync_folder(final.parent)
-    except Exception as error:  # DCP wraps OSErrors in its own exception types
-        failure = f"{type(error).__name__}: {_root(error)}"
-    failures = world.any(failure is not None)
-    if failures:
-        if world.first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"writing the checkpoint of step {meta['step']} into {final.parent} failed ({failure or 'on another process'}); earlier "
-            "checkpoints are untouched. Free space or choose another folder with --run.out"
-        )
+
+    def seal() -> None:
+        _write(temporary / _RUN, json.dumps({"format": FORMAT, "world_size": world.size, "versions": versions(), **meta}, indent=2))
+        sums = {p.name: _sha256(p) for p in sorted(temporary.iterdir())}
+        _write(temporary / _SUMS, json.dumps(sums, indent=2))
+        _sync_folder(temporary)
+        if final.exists():  # the same step once more (a run that was resumed and stopped at once)
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(final.parent)
+
+    for stage, everywhere in ((clear, False), (write, True), (seal, False)):
+        failure = None
+        if everywhere or world.first:
+            try:
+                stage()
+            except (Exception, CheckpointException) as error:  # DCP's own exception is a BaseException
+                failure = _root(error)
+        if world.any(failure is not None):  # agreed by all, so that no process waits for one that has given up
+            if world.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"writing the checkpoint of step {meta['step']} into {final.parent} failed ({failure or 'on another process'}); earlier "
+                "checkpoints are untouched. Free space, or choose another folder with --run.out"
+            )
     if world.first:
         for old in candidates(out)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
@@ -260,7 +266,7 @@ def _root(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if failures:
         return _root(next(iter(failures.values()))[0])
-    return _root(error.__cause__) if error.__cause__ is not None else str(error)
+    return _root(error.__cause__) if error.__cause__ is not None else f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager

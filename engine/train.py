@@ -382,17 +382,17 @@ def data_folder(config: Config) -> pathlib.Path:
 
 def prepared(config: Config, world: World, reporter: Reporter) -> pathlib.Path:
     """The folder of shards, prepared by the first process when it is not there yet."""
-    from tritium.engine.data.prepare import is_prepared, prepare
+    from tritium.engine.data.prepare import prepare
 
     folder = data_folder(config)
     failure = None
-    if world.first and not (config.data.folder and is_prepared(folder)):
+    if world.first and not (config.data.folder and (folder / "manifest.json").exists()):
         try:
             prepare(
                 config.data.sources, folder, tokenizer=config.data.tokenizer, field=config.data.field,
-                val_fraction=config.data.val_fraction, seed=config.data.seed, progress=None,
+                val_fraction=config.data.val_fraction, seed=config.data.seed, say=reporter.note,
             )  # fmt: skip
-        except Exception as error:  # told to the other processes first, or they would wait for a barrier that never comes
+        except BaseException as error:  # told to the other processes first, or they would wait for a barrier that never comes
             failure = error
     if world.any(failure is not None):
         raise failure or RuntimeError("preparing the data failed on the first process")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +48,7 @@ class Pretraining:
         )
         total, tokens = validation_loss(model, batches, device, documents=c.data.documents)
         loss = total / tokens
-        split = self.dataset.manifest.splits["val"]
-        return {"val_loss": loss, "val_tokens": tokens, "bits_per_byte": loss / math.log(2) * split.tokens / split.bytes}
+        return {"val_loss": loss, "val_tokens": tokens, "bits_per_byte": self.dataset.split("val").bits_per_byte(loss)}
 
     def sample(self, model: torch.nn.Module, device: torch.device, tokens: int, seed: int = 0, prompt: str = "") -> str:
         """Text the model writes after ``prompt`` (or at the start of a document)."""
@@ -63,8 +60,9 @@ class Pretraining:
         out = generate(model, [ids], max_new_tokens=tokens, temperature=0.8, top_k=200, seed=seed, stop_ids=(self.tokenizer.eot,))
         return prompt + self.tokenizer.decode([i for i in out[0] if i != self.tokenizer.eot])
 
-    def baselines(self) -> dict[str, Any]:
-        """Bits per byte of the unigram and bigram models of the training tokens on the whole validation split."""
+    def baselines(self) -> dict[str, float]:
+        """Bits per byte of the unigram and bigram models of the training tokens on the validation split."""
         from tritium.engine.data.ngram import baselines
 
-        return baselines(self.dataset)
+        found = baselines(self.dataset)
+        return {"unigram": found.unigram_bits_per_byte, "bigram": found.bigram_bits_per_byte}
