@@ -1,0 +1,169 @@
+"""linear_cross_entropy in Triton: the head's GEMMs by torch, chunk by chunk, with the cross_entropy kernel between them.
+
+Mathematics:
+    logits = x Wᵀ        loss = Σ_rows cross_entropy(logits)        G = dloss/dlogits (for an upstream gradient of one)
+    dx = g · G W         dW = g · Gᵀ x                              g: the upstream gradient, a scalar
+
+Shapes: N rows, C width, Vp rows of the weight, V = vocab_size real ones, n rows of one chunk.
+
+Forward, for each chunk of n rows: logits into one buffer; the kernel writes the losses and, over the logits, their gradient G; then both
+gradient GEMMs read the buffer, and the next chunk reuses it. dW is accumulated in fp32 and returned in the weight's dtype. Nothing is
+recomputed: backward scales the saved dx and dW by g. Without gradients (evaluation) only the first GEMM and the losses remain.
+Saved: dx and dW, in place of N·Vp logits. W is cast to x's dtype once per call.
+FLOPs: 6·N·C·Vp with gradients, 2·N·C·Vp without. The logits cross memory 6 times (written, read twice by the kernel and written, read by two
+GEMMs) and dW twice per chunk, which is why a chunk is as large as CHUNK_BYTES allows. The bound is the GEMMs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritium.kernels.autograd import differentiable
+from tritium.kernels.cross_entropy import impl_triton as cross_entropy
+from tritium.kernels.lib import triton_launch as launch
+from tritium.kernels.site import Site
+
+DETERMINISTIC = True
+CHUNK_BYTES = 512 * 2**20  # of logits: 5,300 rows of GPT-2's vocabulary in bf16, where the traffic of dW is below 7 % of the GEMMs' time
+SCALE_BLOCK = 4096
+
+
+@triton.jit
+def _scale(X, FACTOR, Y, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + at, at < size, other=0.0).to(tl.float32)
+    tl.store(Y + at, (x * tl.load(FACTOR).to(tl.float32)).to(Y.dtype.element_ty), at < size)
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+def chunk_rows(N: int, Vp: int, itemsize: int) -> int:
+    """Rows of a chunk: as many as CHUNK_BYTES hold, evened out over the chunks, a multiple of 128."""
+    chunks = max(1, triton.cdiv(N * Vp * itemsize, CHUNK_BYTES))
+    return max(128, triton.cdiv(triton.cdiv(N, chunks), 128) * 128)
+
+
+def _launch_forward(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float,
+    softcap: float, chunk: int, need_dx: bool, need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check(x, weight, targets, vocab_size)
+    (N, C), Vp = x.shape, weight.shape[0]
+    options = (vocab_size, ignore_index, label_smoothing, z_loss, softcap)
+    w = weight.to(x.dtype)
+    losses = torch.empty(N, dtype=torch.float32, device=x.device)
+    dx = torch.empty((N, C) if need_dx else 0, dtype=x.dtype, device=x.device)
+    dw = torch.zeros((Vp, C) if need_dweight else 0, dtype=torch.float32, device=x.device)
+    n = min(chunk or chunk_rows(N, Vp, x.element_size()), max(N, 1))
+    buffer = torch.empty(n, Vp, dtype=x.dtype, device=x.device)
+    for first in range(0, N, n):
+        rows = slice(first, min(first + n, N))
+        logits = torch.mm(x[rows], w.t(), out=buffer[: rows.stop - first])
+        if not (need_dx or need_dweight):
+            losses[rows] = cross_entropy._launch_forward(logits, targets[rows], *options)[0]
+            continue
+        cross_entropy.losses_and_gradient_in_place(logits, targets[rows], losses[rows], *options)
+        if need_dx:
+            torch.mm(logits, w, out=dx[rows])
+        if need_dweight:
+            _add_product(dw, logits.t(), x[rows])
+    return losses.sum(), dx, dw.to(weight.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (fp32) += a b, the product of narrower matrices never rounded to their dtype."""
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b, out=total)
+    elif a.device.type == "cpu":  # torch has no mixed-precision GEMM there; only the interpreter comes this way
+        torch.addmm(total, a.float(), b.float(), out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+def _launch_backward(dloss: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
+    return _scaled(dx, dloss), _scaled(dweight, dloss)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a scalar on the device, which stays fp32 (torch would round it to x's dtype first: 0.2 % of every gradient in bf16)."""
+    y = torch.empty_like(x)
+    if x.numel() > 0:
+        with launch.on_device(x):
+            _scale[(triton.cdiv(x.numel(), SCALE_BLOCK),)](x, factor, y, x.numel(), BLOCK=SCALE_BLOCK, num_warps=4)
+    return y
+
+
+def _check(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
+    launch.require_dtype("linear_cross_entropy", x=x, weight=weight)
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy takes x (N, C) and weight (Vp, C) of one width; they are {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    cross_entropy.check(x.shape[0], weight.shape[0], targets, vocab_size)
+
+
+# ------------------------------------------------------------------------------------------------------------- autograd
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float,
+    softcap: float, chunk: int, need_dx: bool, need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    loss = x.new_empty((), dtype=torch.float32)
+    return loss, x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
+
+
+def _fake_backward(dloss: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dx), torch.empty_like(dweight)
+
+
+def _flops(x_shape: torch.Size, weight_shape: torch.Size, *args: object, out_shape: object = None, **kwargs: object) -> int:
+    """All three GEMMs belong to the forward; backward is left with none. ``args`` ends with need_dx, need_dweight."""
+    (N, C), Vp = x_shape, weight_shape[0]
+    return 2 * N * C * Vp * (1 + bool(args[-2]) + bool(args[-1]))
+
+
+_linear_cross_entropy = differentiable(
+    "linear_cross_entropy_triton",
+    forward=_launch_forward,
+    backward=_launch_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    save=lambda args, results: (results[1], results[2]),
+    gradients=(0, 1),
+    flops=_flops,
+    flops_backward=lambda *args, **kwargs: 0,
+)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    chunk: int = 0,
+    with_grad: bool = True,
+) -> Tensor:
+    """x (N, C), weight (Vp, C), targets (N,) int64 → the sum of the rows' losses, () fp32.
+
+    The gradients are computed here, for those of x and weight that require one and unless ``with_grad`` is False; then the loss is detached.
+    """
+    if not with_grad:
+        x, weight = x.detach(), weight.detach()
+    grad = torch.is_grad_enabled()
+    return _linear_cross_entropy(
+        x, weight, targets, vocab_size, ignore_index, label_smoothing, z_loss, softcap, chunk,
+        grad and x.requires_grad, grad and weight.requires_grad,
+    )  # fmt: skip
+
+
+def unsupported(site: Site) -> str | None:
+    return launch.unsupported(site)
