@@ -2,16 +2,17 @@
 
 What is one document:
 
-- **JSON lines** (`.jsonl`, `.ndjson`, `.json`, and these with `.gz` or `.zst`): one object per line, its text in one field.
+- **JSON lines** (`.jsonl`, `.ndjson`, `.json`, and these with `.gz` or `.zst`): one object per line, its text in one
+  field.
 - **Text** (every other name) with a separator: what lies between two separators, exactly.
-- **Text without a separator**: pieces of at most `PIECE_BYTES`, each cut after the last line end that fits. A file up to that size is one
-  document; a longer one (a book, a dump) becomes several, far longer than a training row. Pieces keep memory flat, and give a single
-  file a validation part. Joined, they are the file.
+- **Text without a separator**: pieces of at most `PIECE_BYTES`, each cut after the last line end that fits. A file up
+  to that size is one document; a longer one (a book, a dump) becomes several, far longer than a training row. Pieces
+  keep memory flat, and give a single file a validation part. Joined, they are the file.
 - **demo**: 10,033 leads of English Wikipedia articles, each `title`, blank line, text.
 
-Text is UTF-8 and kept as it is, line ends included; only a byte order mark at the start is dropped. A folder means every file below it,
-hidden ones left out, in sorted order. Anything that cannot be read whole is an error: nothing is skipped. Documents of no characters
-are yielded too; the caller counts them.
+Text is UTF-8 and kept as it is, line ends included; only a byte order mark at the start is dropped. A folder means
+every file below it, hidden ones left out, in sorted order. Anything that cannot be read whole is an error: nothing is
+skipped. Documents of no characters are yielded too; the caller counts them.
 """
 
 from __future__ import annotations
@@ -85,13 +86,16 @@ def read_documents(
     separator: str | None = None,
     on_block: Callable[[bytes], None] | None = None,
 ) -> Iterator[str]:
-    """Documents of one source, in order. `on_block` sees every block of the file as it lies on the disk (for checksums, progress).
+    """Documents of one source, in order. `on_block` sees every block of the file as it lies on the disk (for checksums,
+    progress).
 
-    Raises `DataError` naming file and place for text that is not UTF-8, holds NUL bytes, ends too early, lacks the field, or is empty.
+    Raises `DataError` naming file and place for text that is not UTF-8, holds NUL bytes, ends too early, lacks the
+    field, or is empty.
     """
     if separator == "":
         raise DataError(
-            "The document separator must have at least one character, got ''. Leave it out to have files cut into pieces."
+            "The document separator must have at least one character, got ''. Leave it out to have files cut into "
+            "pieces."
         )
     if source.is_demo:
         return _demo_documents(source, on_block)
@@ -103,7 +107,8 @@ def read_documents(
 
 def demo_licence() -> str:
     """One sentence to show where the demo corpus is used."""
-    return f"demo corpus: {packages.WIKIPEDIA_LEADS.name} {packages.WIKIPEDIA_LEADS.version}, {packages.WIKIPEDIA_LEADS.licence}"
+    package = packages.WIKIPEDIA_LEADS
+    return f"demo corpus: {package.name} {package.version}, {package.licence}"
 
 
 def _expand(spec: str | Path) -> list[Source]:
@@ -116,7 +121,8 @@ def _expand(spec: str | Path) -> list[Source]:
         paths = sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(path).parts))
         if not paths:
             raise DataError(
-                f"Folder {spec} holds no files (hidden ones are left out), so there is nothing to read. Name another one."
+                f"Folder {spec} holds no files (hidden ones are left out), so there is nothing to read. Name another "
+                "one."
             )
     elif path.exists():
         paths = [path]
@@ -136,7 +142,8 @@ def _expand(spec: str | Path) -> list[Source]:
 def _file_source(path: Path) -> Source:
     if not path.is_file():
         raise DataError(
-            f"Source {path} is not a regular file: it could not be read a second time to resume. Write its content to a file."
+            f"Source {path} is not a regular file: it could not be read a second time to resume. Write its content to "
+            "a file."
         )
     status = path.stat()
     if status.st_size == 0:
@@ -168,8 +175,8 @@ class _Reader:
                         yield block
         except OSError as error:
             raise DataError(
-                f"{self.source.name} could not be read after {self.decompressed_bytes} bytes: {error}. Nothing after them was used; "
-                "check the disk and run again."
+                f"{self.source.name} could not be read after {self.decompressed_bytes} bytes: {error}. Nothing after "
+                "them was used; check the disk and run again."
             ) from error
         if self.decompressed_bytes == 0:
             raise DataError(f"Source {self.source.name} holds no text once decompressed. Remove it from the sources.")
@@ -183,14 +190,14 @@ class _Reader:
             yield block
         if total != self.source.bytes:
             raise DataError(
-                f"{self.source.name} had {self.source.bytes} bytes when this run began and {total} when it was read: it changed "
-                "meanwhile. Run again once nothing writes to it."
+                f"{self.source.name} had {self.source.bytes} bytes when this run began and {total} when it was read: "
+                "it changed meanwhile. Run again once nothing writes to it."
             )
 
     def damaged(self, what: str, why: str) -> DataError:
         return DataError(
-            f"{self.source.name} is {what}: {why}. Its first {self.decompressed_bytes} decompressed bytes are readable, the rest is not, "
-            "and half a file is not used. Fetch or compress it again."
+            f"{self.source.name} is {what}: {why}. Its first {self.decompressed_bytes} decompressed bytes are "
+            "readable, the rest is not, and half a file is not used. Fetch or compress it again."
         )
 
     def decode(self, data: bytes, offset: int) -> str:
@@ -210,8 +217,8 @@ class _Reader:
     def binary(self, offset: int, why: str) -> DataError:
         where = f"byte {offset + self.mark_bytes}" + (" of the decompressed text" if self.source.compression else "")
         return DataError(
-            f"{self.source.name} must be UTF-8 text, but at {where} there is {why}. "
-            "Convert it to UTF-8, leave it out, or give compressed files the ending .gz or .zst."
+            f"{self.source.name} must be UTF-8 text, but at {where} there is {why}. Convert it to UTF-8, leave it out, "
+            "or give compressed files the ending .gz or .zst."
         )
 
 
@@ -244,7 +251,8 @@ def _gunzip(raw: Iterator[bytes], reader: _Reader) -> Iterator[bytes]:
 
 
 def _unzstd(raw: Iterator[bytes], reader: _Reader) -> Iterator[bytes]:
-    # The library's stream reader takes a cut-off frame for the end of the file, so frames are driven by hand: `eof` tells the two apart.
+    # The library's stream reader takes a cut-off frame for the end of the file, so frames are driven by hand: `eof`
+    # tells the two apart.
     decompressor = zstandard.ZstdDecompressor()
     frame = decompressor.decompressobj()
     for block in raw:
@@ -314,8 +322,9 @@ def _separated(reader: _Reader, separator: str) -> Iterator[str]:
         scanned = max(0, len(buffer) - len(mark) + 1)
         if len(buffer) > MAX_DOCUMENT_BYTES:
             raise DataError(
-                f"{reader.source.name} has no separator {separator!r} in the {len(buffer)} bytes from byte {offset} on, and a document may "
-                f"have at most {MAX_DOCUMENT_BYTES}. Check the separator, or leave it out to have the file cut into pieces."
+                f"{reader.source.name} has no separator {separator!r} in the {len(buffer)} bytes from byte {offset} "
+                f"on, and a document may have at most {MAX_DOCUMENT_BYTES}. Check the separator, or leave it out to "
+                "have the file cut into pieces."
             )
     if buffer:
         yield reader.decode(bytes(buffer), offset)
@@ -332,8 +341,8 @@ def _json_documents(reader: _Reader, field: str) -> Iterator[str]:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{name}:{number}: not valid JSON ({error}). Every line must be one JSON object; mend the line, or write a JSON array as "
-                "one object per line."
+                f"{name}:{number}: not valid JSON ({error}). Every line must be one JSON object; mend the line, or "
+                "write a JSON array as one object per line."
             ) from None
         records += 1
         yield _json_text(record, field, f"{name}:{number}")
@@ -356,13 +365,15 @@ def _json_text(record: Any, field: str, where: str) -> str:
     text = record[field]
     if not isinstance(text, str):
         raise DataError(
-            f"{where}: field {field!r} must be a string, it is a {type(text).__name__}. Name the field that holds the text."
+            f"{where}: field {field!r} must be a string, it is a {type(text).__name__}. Name the field that holds the "
+            "text."
         )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: field {field!r} holds half a surrogate pair at character {error.start}, which no UTF-8 text can. Mend the line."
+            f"{where}: field {field!r} holds half a surrogate pair at character {error.start}, which no UTF-8 text "
+            "can. Mend the line."
         ) from None
     return text
 
@@ -382,8 +393,8 @@ def _lines(reader: _Reader) -> Iterator[tuple[int, int, bytes]]:
         scanned = len(buffer)
         if len(buffer) > MAX_DOCUMENT_BYTES:
             raise DataError(
-                f"{reader.source.name}:{number}: the line is longer than {MAX_DOCUMENT_BYTES} bytes, the most one document may have. "
-                "Write long texts as several objects, one per line."
+                f"{reader.source.name}:{number}: the line is longer than {MAX_DOCUMENT_BYTES} bytes, the most one "
+                "document may have. Write long texts as several objects, one per line."
             )
     if buffer:
         yield number, offset, bytes(buffer)

@@ -1,16 +1,18 @@
 """Batches of rows from token shards: an order that is a function, a state that is one integer.
 
-**Samples.** Sample i, for i = 0, 1, 2 … without end, is one row of T + 1 consecutive tokens: T inputs, and the same shifted by one as
-targets. An epoch is one pass over the split's windows of T tokens, in an order that a keyed permutation of (seed, epoch) gives with no
-memory; each epoch lays its windows from another starting place, so that rows are not cut at the same tokens twice. `sample(i)` needs
-neither state nor neighbours.
+**Samples.** Sample i, for i = 0, 1, 2 … without end, is one row of T + 1 consecutive tokens: T inputs, and the same
+shifted by one as targets. An epoch is one pass over the split's windows of T tokens, in an order that a keyed
+permutation of (seed, epoch) gives with no memory; each epoch lays its windows from another starting place, so that rows
+are not cut at the same tokens twice. `sample(i)` needs neither state nor neighbours.
 
-**Ranks.** Micro-step k of a run with W ranks of b rows covers the global samples p + k·W·b … p + (k+1)·W·b − 1 where p is where it
-started, and rank r takes the rows r·b … (r+1)·b − 1 of them. An optimizer step of A micro-steps therefore covers one contiguous range of
-A·W·b samples, the same one for every factorisation of that number, and the loss does not depend on how the work is spread.
+**Ranks.** Micro-step k of a run with W ranks of b rows covers the global samples p + k·W·b … p + (k+1)·W·b − 1 where p
+is where it started, and rank r takes the rows r·b … (r+1)·b − 1 of them. An optimizer step of A micro-steps therefore
+covers one contiguous range of A·W·b samples, the same one for every factorisation of that number, and the loss does not
+depend on how the work is spread.
 
 **State.** `position`, the global index of the next sample to be handed out, the same on every rank. A loader made with
-`start_sample=position` goes on from there, also with other ranks or rows. What the background thread has read ahead does not count.
+`start_sample=position` goes on from there, also with other ranks or rows. What the background thread has read ahead
+does not count.
 
 Shapes: B rows of a batch, T tokens of a row, V vocabulary.
 """
@@ -36,7 +38,9 @@ _FEISTEL_ROUNDS = 8
 
 
 class Batch(NamedTuple):
-    """`ids` and `targets` (B, T) int64; `seq_start` (B, T) int32, the index in the row where each token's document starts."""
+    """`ids` and `targets` (B, T) int64; `seq_start` (B, T) int32, the index in the row where each token's document
+    starts.
+    """
 
     ids: torch.Tensor
     targets: torch.Tensor
@@ -44,7 +48,8 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Endless iterator over this rank's batches; see the module for the order. Close it, or use it in a `with` statement.
+    """Endless iterator over this rank's batches; see the module for the order. Close it, or use it in a `with`
+    statement.
 
     folder         a prepared folder, or an opened `Dataset`
     T              tokens per row
@@ -113,13 +118,17 @@ class Loader:
         return self.tokens.tokens(start, start + self.T + 1)
 
     def batch(self, global_start_index: int) -> Batch:
-        """This rank's rows of the micro-step that begins at a global sample index; neither uses nor changes the position."""
+        """This rank's rows of the micro-step that begins at a global sample index; neither uses nor changes the
+        position.
+        """
         first = global_start_index + self.rank * self.batch_rows
         starts = [self.windows.start(index) for index in range(first, first + self.batch_rows)]
         return _pinned(_batch(self.tokens, starts, self.T, self.vocab_size), self.pin_memory)
 
     def batches_for_step(self, step: int, micro_steps: int = 1) -> list[Batch]:
-        """This rank's micro-batches of optimizer step `step`, counted from global sample 0, without touching the position."""
+        """This rank's micro-batches of optimizer step `step`, counted from global sample 0, without touching the
+        position.
+        """
         begin = step * micro_steps * self.global_rows
         return [self.batch(begin + k * self.global_rows) for k in range(micro_steps)]
 
@@ -156,18 +165,20 @@ def evaluation_batches(
     vocab_size: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Batches that predict every token of a split but the first exactly once: windows of T tokens side by side, in order.
+    """Batches that predict every token of a split but the first exactly once: windows of T tokens side by side, in
+    order.
 
-    Places past the end have id = the last id and target `IGNORED`, so that every batch has B rows of T and every rank as many batches:
-    weigh losses by the targets that are not ignored. With `limit_tokens`, about that many tokens: whole windows at equal distances
-    over the whole split. Ranks share the rows as in `Loader`.
+    Places past the end have id = the last id and target `IGNORED`, so that every batch has B rows of T and every rank
+    as many batches: weigh losses by the targets that are not ignored. With `limit_tokens`, about that many tokens:
+    whole windows at equal distances over the whole split. Ranks share the rows as in `Loader`.
     """
     dataset = folder if isinstance(folder, Dataset) else open_dataset(folder)
     tokens = dataset.split(split)
     check_vocabulary(tokens, vocab_size)
     if len(tokens) < 2:
         raise DataError(
-            f"Split {split!r} of {dataset.folder} has {len(tokens)} token, at least 2 are needed to predict one. Prepare more."
+            f"Split {split!r} of {dataset.folder} has {len(tokens)} token, at least 2 are needed to predict one. "
+            "Prepare more."
         )
     windows = -(-(len(tokens) - 1) // T)
     chosen = windows if limit_tokens is None else min(windows, max(1, limit_tokens // T))
@@ -189,8 +200,8 @@ class Windows:
     def __init__(self, tokens: int, T: int, seed: int, shuffle: bool, what: str = "the data"):
         if tokens < T + 1:
             raise DataError(
-                f"A row of T = {T} tokens and the next one as target needs {T + 1} tokens, {what} has {tokens}: not one row can be made. "
-                "Use a smaller T or prepare more text."
+                f"A row of T = {T} tokens and the next one as target needs {T + 1} tokens, {what} has {tokens}: not "
+                "one row can be made. Use a smaller T or prepare more text."
             )
         self.T = T
         self.seed = seed
@@ -211,8 +222,9 @@ class Windows:
 def permute(index: int, n: int, key: int) -> int:
     """The place of `index` in a permutation of 0 … n − 1 that `key` (64 bits) picks; no memory.
 
-    A Feistel network permutes 0 … 2^k − 1 for the smallest 2^k ≥ n; a result of n or more is put through again until it is below n
-    (cycle walking, Black and Rogaway 2002), which is a permutation too and takes less than two passes on average.
+    A Feistel network permutes 0 … 2^k − 1 for the smallest 2^k ≥ n; a result of n or more is put through again until it
+    is below n (cycle walking, Black and Rogaway 2002), which is a permutation too and takes less than two passes on
+    average.
     """
     bits = (n - 1).bit_length()
     if bits == 0:
@@ -236,13 +248,16 @@ def check_vocabulary(split: Split, vocab_size: int | None) -> None:
     largest = split.manifest.max_token_id
     if vocab_size is not None and largest >= vocab_size:
         raise DataError(
-            f"Token ids must be below the model's vocabulary size V = {vocab_size}, split {split.name!r} of {split.folder} has id {largest}: "
-            "it was made with another tokenizer. Set the model's vocabulary to the tokenizer's, or prepare the data with the model's tokenizer."
+            f"Token ids must be below the model's vocabulary size V = {vocab_size}, split {split.name!r} of "
+            f"{split.folder} has id {largest}: it was made with another tokenizer. Set the model's vocabulary to the "
+            "tokenizer's, or prepare the data with the model's tokenizer."
         )
 
 
 def _mix(x: int) -> int:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014) after adding its increment: 64 bits in, 64 well-mixed bits out."""
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014) after adding its increment: 64 bits in, 64 well-mixed
+    bits out.
+    """
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
@@ -265,8 +280,9 @@ def _batch(tokens: Split, starts: list[int], T: int, vocab_size: int | None) -> 
     if vocab_size is not None and (largest := int(rows.max())) >= vocab_size:
         row = int(rows.max(axis=1).argmax())
         raise DataError(
-            f"Token id {largest} in the row at token {starts[row]} of split {tokens.name!r} of {tokens.folder} is not below the vocabulary size "
-            f"V = {vocab_size}, though the manifest promised so: the shard is damaged. Verify the folder and restore or prepare it again."
+            f"Token id {largest} in the row at token {starts[row]} of split {tokens.name!r} of {tokens.folder} is not "
+            f"below the vocabulary size V = {vocab_size}, though the manifest promised so: the shard is damaged. "
+            "Verify the folder and restore or prepare it again."
         )
     targets = rows[:, 1:].copy()
     targets[np.arange(1, T + 1) >= valid[:, None]] = IGNORED

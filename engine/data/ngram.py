@@ -1,19 +1,21 @@
-"""Unigram and bigram baselines over token ids: what a language model has to beat before it has learned anything about context.
+"""Unigram and bigram baselines over token ids: what a language model has to beat before it has learned anything about
+context.
 
-Both are smoothed by interpolated absolute discounting, the bigram after Kneser and Ney (1995): every seen pair gives up a discount d,
-and the mass so freed goes to a lower-order distribution, in which a token weighs as many different tokens as it has followed.
+Both are smoothed by interpolated absolute discounting, the bigram after Kneser and Ney (1995): every seen pair gives up
+a discount d, and the mass so freed goes to a lower-order distribution, in which a token weighs as many different tokens
+as it has followed.
 
     p(w | v) = max(c(v w) − d, 0) / c(v) + d · n(v ·) / c(v) · q(w)      q(w) for a v never seen
     q(w)     = max(n(· w) − e, 0) / n(· ·) + e · |{w : n(· w) > 0}| / n(· ·) / V
 
-with c counts, n(v ·) the kinds of tokens seen after v, n(· w) before w, n(· ·) the kinds of pairs. The unigram is the second line with counts
-for kinds. Discounts are n₁ / (n₁ + 2 n₂) of the training counts (Ney, Essen and Kneser 1994). Nothing is fitted on validation text.
+with c counts, n(v ·) the kinds of tokens seen after v, n(· w) before w, n(· ·) the kinds of pairs. The unigram is the
+second line with counts for kinds. Discounts are n₁ / (n₁ + 2 n₂) of the training counts (Ney, Essen and Kneser 1994).
+Nothing is fitted on validation text.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -71,23 +73,14 @@ class Bigram:
         )
 
 
-@dataclass(frozen=True)
-class Baselines:
-    """Bits per byte of the validation text, and how many tokens stand behind the figures."""
-
-    unigram_bits_per_byte: float
-    bigram_bits_per_byte: float
-    train_tokens: int
-    val_tokens: int
-
-
 def baselines(
     folder: str | Path | Dataset, train_tokens_max: int = TRAIN_TOKENS_MAX, val_tokens_max: int = VAL_TOKENS_MAX
-) -> Baselines:
-    """Fit on the training split, evaluate on the validation split.
+) -> dict[str, float]:
+    """{"unigram": bits per byte, "bigram": bits per byte}: fitted on the training split, evaluated on validation.
 
-    Splits longer than the limits are sampled: 64 blocks at equal distances. Bits per byte = mean bits per predicted token · tokens of the
-    split / bytes of its text, end-of-text tokens counted: the measure `Split.bits_per_byte` gives for a model's loss. Raises `DataError`.
+    Splits longer than the limits are sampled: 64 blocks at equal distances. Bits per byte = mean bits per predicted
+    token · tokens of the split / bytes of its text, end-of-text tokens counted: the measure `Split.bits_per_byte` gives
+    for a model's loss. Raises `DataError`.
     """
     dataset = folder if isinstance(folder, Dataset) else open_dataset(folder)
     vocab_size = dataset.manifest.tokenizer["vocab_size"]
@@ -100,12 +93,10 @@ def baselines(
     unigram = Unigram(np.bincount(train, minlength=vocab_size))
     bigram = Bigram(train, vocab_size)
     to_bits_per_byte = dataset.split("val").bits_per_byte(math.log(2))
-    return Baselines(
-        unigram_bits_per_byte=float(-unigram.log2(val[1:]).mean() * to_bits_per_byte),
-        bigram_bits_per_byte=float(-bigram.log2(val[:-1], val[1:]).mean() * to_bits_per_byte),
-        train_tokens=len(train),
-        val_tokens=len(val),
-    )
+    return {
+        "unigram": float(-unigram.log2(val[1:]).mean() * to_bits_per_byte),
+        "bigram": float(-bigram.log2(val[:-1], val[1:]).mean() * to_bits_per_byte),
+    }
 
 
 def discount_of(counts: np.ndarray) -> float:
@@ -119,7 +110,7 @@ def _pairs(before: np.ndarray, tokens: np.ndarray, vocab_size: int) -> np.ndarra
 
 
 def _sample(split: Split, limit: int) -> np.ndarray:
-    """(N,) int64, N ≤ limit. The few pairs across two blocks are kept: one in a hundred thousand at the default limits."""
+    """(N,) int64, N ≤ limit. Pairs across two blocks are kept: one in a hundred thousand at the default limits."""
     if len(split) <= limit:
         return split.tokens(0, len(split)).astype(np.int64)
     size = max(1, limit // BLOCKS)

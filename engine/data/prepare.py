@@ -1,17 +1,21 @@
 """`tritium prepare`: documents → token shards, in several processes, resumable, the same bytes every time.
 
-This process reads the documents, decides each one's split, and writes tokens in document order; worker processes only tokenize. What is
-written therefore depends on the documents and the arguments alone, not on how many workers there are or which one is faster.
+This process reads the documents, decides each one's split, and writes tokens in document order; worker processes only
+tokenize. What is written therefore depends on the documents and the arguments alone, not on how many workers there are
+or which one is faster.
 
-**Split.** A document goes to `val` if the hash of (seed, its text) falls into the fraction: the same document always goes to the same
-side, equal documents together. If no document does (few documents), the one with the smallest hash does, found by a second pass.
+**Split.** A document goes to `val` if the hash of (seed, its text) falls into the fraction: the same document always
+goes to the same side, equal documents together. If no document does (few documents), the one with the smallest hash
+does, found by a second pass.
 
-**Resume.** Work lies in `OUT/.partial` until it is complete. A finished shard is renamed into place, then entered in `progress.json` with
-the document the next shard begins in. A later run with the same arguments and unchanged sources reads the documents again (cheap) and
-tokenizes only those after that point; at most one unfinished shard per split is lost. When all is there, files move up into `OUT`, the
-manifest last, so that `OUT` is complete or has no manifest. Data that was complete before stays untouched until that moment.
+**Resume.** Work lies in `OUT/.partial` until it is complete. A finished shard is renamed into place, then entered in
+`progress.json` with the document the next shard begins in. A later run with the same arguments and unchanged sources
+reads the documents again (cheap) and tokenizes only those after that point; at most one unfinished shard per split is
+lost. When all is there, files move up into `OUT`, the manifest last, so that `OUT` is complete or has no manifest. Data
+that was complete before stays untouched until that moment.
 
-**Memory** is bounded by the number of workers: each holds one batch of about `BATCH_BYTES` of text and another waits for it.
+**Memory** is bounded by the number of workers: each holds one batch of about `BATCH_BYTES` of text and another waits
+for it.
 """
 
 from __future__ import annotations
@@ -60,7 +64,9 @@ PAST_LAST_DOCUMENT = 1 << 62
 class Progress:
     """What `progress` is called with, about ten times a second and once at the end."""
 
-    phase: str  # "tokenizer": training a BPE; "tokens": the main pass; "split": a second pass, since no document fell into val
+    phase: (
+        str  # "tokenizer": training a BPE; "tokens": the main pass; "split": a second one, as no document fell into val
+    )
     bytes: int  # of the sources as they lie on disk, written
     bytes_total: int
     tokens: int  # of all splits, those of an earlier run included
@@ -90,8 +96,8 @@ def prepare(
     """Tokenize `sources` into the folder `out` and return its manifest.
 
     sources        files, folders, globs, or `demo`; see `corpus`
-    tokenizer      `gpt2`, `bytes`, `bpe:N`, a `tokenizer.json`, or a prepared folder to take it from; a BPE is trained on training
-                   documents alone, on at most 64 MiB of text, each source giving its share by size from its beginning
+    tokenizer      `gpt2`, `bytes`, `bpe:N`, a `tokenizer.json`, or a prepared folder to take it from; a BPE is trained
+                   on training documents alone, at most 64 MiB: of each source its beginning, in proportion to its size
     field          where JSON lines hold the text
     separator      what separates documents in text files; None: see `corpus`
     val_fraction   of documents, at least one if above 0
@@ -100,8 +106,8 @@ def prepare(
     overwrite      replace what `out` holds, if it is a prepared folder
     say            gets sentences for the user, such as the licence of the demo corpus
 
-    A complete folder made with the same arguments and sources is left alone. Raises `DataError` for anything wrong with input or
-    folder, `PreparationInterrupted` on Ctrl-C; running again with the same arguments goes on where it stopped.
+    A complete folder made with the same arguments and sources is left alone. Raises `DataError` for anything wrong with
+    input or folder, `PreparationInterrupted` on Ctrl-C; running again with the same arguments goes on where it stopped.
     """
     _check_arguments(val_fraction, shard_tokens, workers)
     out = Path(out)
@@ -126,6 +132,11 @@ def prepare(
             return job.run(overwrite)
 
 
+def is_prepared(folder: str | Path) -> bool:
+    """Whether `folder` holds complete data; an unfinished preparation is not."""
+    return (Path(folder) / shards.MANIFEST_FILE).is_file()
+
+
 class _Job:
     def __init__(
         self,
@@ -141,7 +152,9 @@ class _Job:
         self.out = out
         self.partial = out / PARTIAL_FOLDER
         self.arguments = arguments
-        self.tokenizer_spec = tokenizer_spec
+        self.bpe_size = bpe_size(tokenizer_spec)
+        self.given_tokenizer = None if self.bpe_size else load_tokenizer(tokenizer_spec)
+        self.tokenizer_identity = self.given_tokenizer.identity if self.given_tokenizer else None
         self.total_bytes = sum(source.bytes for source in sources)
         self.workers = _worker_count(workers, self.total_bytes)
         self.progress = progress
@@ -156,9 +169,7 @@ class _Job:
     def run(self, overwrite: bool) -> Manifest:
         fingerprint = {
             **self.arguments,
-            "tokenizer_identity": None
-            if bpe_size(self.tokenizer_spec)
-            else load_tokenizer(self.tokenizer_spec).identity,
+            "tokenizer_identity": self.tokenizer_identity,
             "sources": [[source.name, source.bytes, source.mtime_ns] for source in self.sources],
             "version": shards.VERSION,
         }
@@ -204,8 +215,9 @@ class _Job:
             return False
         differences = "; ".join(_difference(key, before, now) for key, (before, now) in differing.items())
         raise DataError(
-            f"{self.out} holds an unfinished preparation made with other arguments ({differences}); mixing them would give wrong data. "
-            "Repeat it with its own arguments to finish it, choose another folder, or pass overwrite to start over."
+            f"{self.out} holds an unfinished preparation made with other arguments ({differences}); mixing them would "
+            "give wrong data. Repeat it with its own arguments to finish it, choose another folder, or pass overwrite "
+            "to start over."
         )
 
     def _check_kept(self) -> None:
@@ -219,8 +231,8 @@ class _Job:
                         for folder in (self.partial, self.out)
                     ):
                         raise DataError(
-                            f"{self.partial / file} was finished by an earlier run and is now missing or of another size than {size} bytes: "
-                            f"going on would leave a hole. Delete {self.partial} to start over."
+                            f"{self.partial / file} was finished by an earlier run and is now missing or of another "
+                            f"size than {size} bytes: going on would leave a hole. Delete {self.partial} to start over."
                         )
 
     def _up_to_date(self, overwrite: bool) -> Manifest | None:
@@ -229,8 +241,8 @@ class _Job:
             others = sorted(path.name for path in self.out.iterdir() if not path.name.startswith("."))
             if others and not self.partial.exists():
                 raise DataError(
-                    f"{self.out} is not a prepared data folder and holds {len(others)} files ({', '.join(others[:3])}, …), which could be "
-                    "lost. Choose a new or empty folder."
+                    f"{self.out} is not a prepared data folder and holds {len(others)} files ({', '.join(others[:3])}, "
+                    "…), which could be lost. Choose a new or empty folder."
                 )
             return None
         if overwrite:
@@ -242,36 +254,33 @@ class _Job:
             if manifest.arguments.get(key) != value
         }
         before = [(source["name"], source["bytes"], source["sha256"]) for source in manifest.sources]
-        if not differing:
-            # Hash only where names and sizes agree: differing ones are known to differ.
-            if [entry[:2] for entry in before] == [(source.name, source.bytes) for source in self.sources]:
-                now = [(source.name, source.bytes, shards.file_sha256(source.path)) for source in self.sources]
-                spec_identity = None if bpe_size(self.tokenizer_spec) else load_tokenizer(self.tokenizer_spec).identity
-                if now == before and spec_identity in (None, manifest.tokenizer):
-                    self.say(f"{self.out} is up to date")
-                    return manifest
+        # Hashed only where names and sizes agree: the others are known to differ.
+        if not differing and [entry[:2] for entry in before] == [
+            (source.name, source.bytes) for source in self.sources
+        ]:
+            now = [(source.name, source.bytes, shards.file_sha256(source.path)) for source in self.sources]
+            if now == before and self.tokenizer_identity in (None, manifest.tokenizer):
+                self.say(f"{self.out} is up to date")
+                return manifest
         differences = (
             "; ".join(_difference(key, *pair) for key, pair in differing.items())
             or "its sources or its tokenizer's file changed"
         )
         raise DataError(
-            f"{self.out} holds complete data made with other arguments ({differences}). Choose another folder, or pass overwrite to replace "
-            "it (it stays usable until the new data is complete)."
+            f"{self.out} holds complete data made with other arguments ({differences}). Choose another folder, or pass "
+            "overwrite to replace it (it stays usable until the new data is complete)."
         )
 
     # ---- the pass over the documents
 
     def _tokenizer(self) -> Tokenizer:
-        size = bpe_size(self.tokenizer_spec)
-        if size is None:
-            tokenizer = load_tokenizer(self.tokenizer_spec)
-            tokenizer.save(self.partial)
-            return tokenizer
-        if not (self.partial / IDENTITY_FILE).exists():
-            train_bpe(self._bpe_sample(), size).save(self.partial)
+        if self.given_tokenizer:
+            self.given_tokenizer.save(self.partial)
+        elif not (self.partial / IDENTITY_FILE).exists():
+            train_bpe(self._bpe_sample(), self.bpe_size or 0).save(self.partial)
         tokenizer = load_tokenizer(self.partial)
-        if tokenizer.vocab_size < size:
-            self.say(f"the corpus is too small for {size} ids: the tokenizer has {tokenizer.vocab_size}")
+        if self.bpe_size and tokenizer.vocab_size < self.bpe_size:
+            self.say(f"the corpus is too small for {self.bpe_size} ids: the tokenizer has {tokenizer.vocab_size}")
         return tokenizer
 
     def _bpe_sample(self) -> Iterator[str]:
@@ -305,15 +314,16 @@ class _Job:
             documents = {name: sum(entry["documents"] for entry in entries[name]) for name in shards.SPLITS}
             if documents["train"] == 0:
                 raise DataError(
-                    f"The sources hold {reading.documents} documents that are not empty, and none is left for training with val_fraction "
-                    f"{self.arguments['val_fraction']}. Give more documents, a separator that cuts the text into several, or a fraction of 0."
+                    f"The sources hold {reading.documents} documents that are not empty, and none is left for training "
+                    f"with val_fraction {self.arguments['val_fraction']}. Give more documents, a separator that cuts "
+                    "the text into several, or a fraction of 0."
                 )
             if documents["val"] > 0 or self.arguments["val_fraction"] == 0:
                 break
             if documents["train"] == 1:
                 raise DataError(
-                    "The sources hold a single document, which cannot be both trained on and validated on. Give more documents, a separator "
-                    "that cuts the text into several, or val_fraction 0."
+                    "The sources hold a single document, which cannot be both trained on and validated on. Give more "
+                    "documents, a separator that cuts the text into several, or val_fraction 0."
                 )
             self.threshold = reading.smallest_hash + 1
             self.state = {**self.state, "threshold": self.threshold, "splits": {name: [] for name in shards.SPLITS}}
@@ -372,7 +382,9 @@ class _Job:
         return {name: [entry["shard"] for entry in self.state["splits"][name]] for name in shards.SPLITS}
 
     def _batches(self, reading: _Reading, first_documents: dict[str, int]) -> Iterator[_Batch]:
-        """Documents still to be tokenized, in order; all others are read all the same, for the checksums and the smallest hash."""
+        """Documents still to be tokenized, in order; all others are read all the same, for the checksums and the
+        smallest hash.
+        """
         batch = _Batch()
         size = 0
         index = -1
@@ -411,7 +423,9 @@ class _Job:
         _write_atomic(self.partial / PROGRESS_FILE, json.dumps(self.state).encode("utf-8"))
 
     def _publish(self) -> Manifest:
-        """Move the complete data up. May be cut off anywhere: the next run finds the manifest in `.partial` and repeats this."""
+        """Move the complete data up. May be cut off anywhere: the next run finds the manifest in `.partial` and repeats
+        this.
+        """
         manifest = shards.read_manifest(self.partial)
         files = [
             file
@@ -487,7 +501,9 @@ class _Batch:
 
 
 class _SplitWriter:
-    """Cuts one split's tokens into shards. `position` counts tokens of the split written, `next_document` is the first one wanted."""
+    """Cuts one split's tokens into shards. `position` counts tokens of the split written, `next_document` is the first
+    one wanted.
+    """
 
     def __init__(self, job: _Job, split: str, dtype: np.dtype):
         self.job = job
@@ -497,15 +513,16 @@ class _SplitWriter:
         entries = job.state["splits"][split]
         self.position = sum(entry["tokens"] for entry in entries)
         self.shard_number = len(entries)
-        self.next_document, written_of_it = (
-            (entries[-1]["next_document"], entries[-1]["next_skip"]) if entries else (0, 0)
-        )
+        self.next_document: int = entries[-1]["next_document"] if entries else 0
+        written_of_it: int = entries[-1]["next_skip"] if entries else 0
         # Where the next document's first token belongs; its tokens before `position` are in an earlier shard already.
         self.incoming = self.position - written_of_it
         self._open_shard()
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray, indices: np.ndarray, sizes: np.ndarray) -> None:
-        """Documents in order: all their tokens, and for each its length in tokens, its number in the corpus, its size in bytes."""
+        """Documents in order: all their tokens, and for each its length in tokens, its number in the corpus, its size
+        in bytes.
+        """
         ends = self.incoming + np.cumsum(lengths)
         starts = ends - lengths
         first = self.incoming
@@ -574,7 +591,7 @@ class _HashedFile:
     def __init__(self, path: Path):
         self.path = path
         self.digest = hashlib.sha256()
-        self.file: IO[bytes] = open(path, "wb")
+        self.file: IO[bytes] = open(path, "wb")  # noqa: SIM115
 
     def write(self, data: bytes) -> None:
         self.file.write(data)
@@ -592,7 +609,9 @@ class _HashedFile:
 
 
 class _Pool:
-    """Tokenizes batches in `workers` processes, results in order and no more batches in flight than two per worker; here if 0."""
+    """Tokenizes batches in `workers` processes, results in order and no more batches in flight than two per worker;
+    here if 0.
+    """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, workers: int):
         self.tokenizer = tokenizer
@@ -660,7 +679,8 @@ def _worker_count(workers: int | None, total_bytes: int) -> int:
 def _check_arguments(val_fraction: float, shard_tokens: int, workers: int | None) -> None:
     if not 0 <= val_fraction < 1:
         raise DataError(
-            f"val_fraction must be at least 0 and below 1, got {val_fraction}: nothing would be left to train on. Try 0.01."
+            f"val_fraction must be at least 0 and below 1, got {val_fraction}: nothing would be left to train on. Try "
+            "0.01."
         )
     if shard_tokens < 1:
         raise DataError(f"shard_tokens must be at least 1, got {shard_tokens}. The default is {SHARD_TOKENS}.")
@@ -673,8 +693,8 @@ def _check_apart(out: Path, sources: list[str | Path]) -> None:
         folder = Path(source).resolve()
         if source != corpus.DEMO and folder.is_dir() and (folder == out.resolve() or folder in out.resolve().parents):
             raise DataError(
-                f"The output folder {out} lies in the source folder {source}: its shards would be read as documents by the next run. "
-                "Choose a folder outside it."
+                f"The output folder {out} lies in the source folder {source}: its shards would be read as documents by "
+                "the next run. Choose a folder outside it."
             )
 
 
@@ -692,7 +712,8 @@ def _locked(out: Path) -> Iterator[None]:
         yield
     except BlockingIOError:
         raise DataError(
-            f"Another process is preparing {out} right now; two would destroy each other's shards. Wait for it, or choose another folder."
+            f"Another process is preparing {out} right now; two would destroy each other's shards. Wait for it, or "
+            "choose another folder."
         ) from None
     finally:
         os.close(folder)
@@ -713,13 +734,14 @@ def _explained(job: _Job) -> Iterator[None]:
         raise PreparationInterrupted(f"Preparation of {job.out} was interrupted. {kept()}") from None
     except BrokenProcessPool:
         raise DataError(
-            f"A tokenizing process ended abruptly, most likely for lack of memory ({job.workers} processes), or because a script "
-            f"calls prepare outside `if __name__ == '__main__':`. Use fewer workers, or one. {kept()}"
+            f"A tokenizing process ended abruptly, most likely for lack of memory ({job.workers} processes), or "
+            f"because a script calls prepare outside `if __name__ == '__main__':`. Use fewer workers, or one. {kept()}"
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DataError(
-                f"No space to write {error.filename or job.partial}: {error}. Free some, or choose another disk. {kept()}"
+                f"No space to write {error.filename or job.partial}: {error}. Free some, or choose another disk. "
+                f"{kept()}"
             ) from error
         raise DataError(f"Preparing {job.out} failed: {error}. {kept()}") from error
 

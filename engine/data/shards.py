@@ -6,12 +6,13 @@
     train_00000.bin  train_00000.idx …   tokens, and where documents start
     val_00000.bin    val_00000.idx …
 
-A `.bin` is nothing but little-endian token ids, uint16, or uint32 when the vocabulary has more than 65,536. Every document is followed
-by the end-of-text id. A split is the concatenation of its shards in order: documents run on from one shard into the next. An `.idx`
-is nothing but little-endian int64: for every document that starts in the shard, the place of its first token in the shard.
+A `.bin` is nothing but little-endian token ids, uint16, or uint32 when the vocabulary has more than 65,536. Every
+document is followed by the end-of-text id. A split is the concatenation of its shards in order: documents run on from
+one shard into the next. An `.idx` is nothing but little-endian int64: for every document that starts in the shard, the
+place of its first token in the shard.
 
-`manifest.json` is written last and carries its own checksum: a folder with a sound manifest is complete. Per split it records the
-UTF-8 bytes of the documents, so that a loss in nats per token becomes bits per byte.
+`manifest.json` is written last and carries its own checksum: a folder with a sound manifest is complete. Per split it
+records the UTF-8 bytes of the documents, so that a loss in nats per token becomes bits per byte.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +101,14 @@ class Manifest:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a folder, its own checksum and version verified; the shards are not looked at. Raises `DataError`."""
+    """The manifest of a folder, its own checksum and version verified; the shards are not looked at. Raises
+    `DataError`.
+    """
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
         raise DataError(
-            f"{folder} is not a prepared data folder: it has no {MANIFEST_FILE}, which is written last. Prepare it, or finish a run that was "
-            "interrupted by repeating it: tritium prepare."
+            f"{folder} is not a prepared data folder: it has no {MANIFEST_FILE}, which is written last. Prepare it, or "
+            "finish a run that was interrupted by repeating it: tritium prepare."
         )
     remedy = "Prepare the data again into an empty folder."
     try:
@@ -113,13 +117,14 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise DataError(f"{path} does not describe {FORMAT}, so nothing in its folder can be read. {remedy}")
         if content["version"] != VERSION:
             raise DataError(
-                f"{path} has format version {content['version']}, this version of tritium reads {VERSION}: the shards may be laid out "
-                "differently. Prepare the data again, or use the version that wrote it."
+                f"{path} has format version {content['version']}, this version of tritium reads {VERSION}: the shards "
+                "may be laid out differently. Prepare the data again, or use the version that wrote it."
             )
         expected = content.pop("sha256")
         if _digest(content) != expected:
             raise DataError(
-                f"{path} does not match its own checksum: it was edited or damaged, and its counts cannot be trusted. {remedy}"
+                f"{path} does not match its own checksum: it was edited or damaged, and its counts cannot be trusted. "
+                f"{remedy}"
             )
         splits = {
             name: SplitManifest(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
@@ -172,7 +177,9 @@ class Split:
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
 
     def seq_start(self, start: int, T: int) -> np.ndarray:
-        """(T,) int32: for each place of the row that begins at `start`, the index in the row where its document starts, 0 if before it."""
+        """(T,) int32: for each place of the row that begins at `start`, the index in the row where its document starts,
+        0 if before it.
+        """
         row = np.zeros(T, np.int32)
         starts = self.document_starts(start, start + T) - start
         row[starts] = starts
@@ -197,7 +204,7 @@ class Split:
 
 
 class Dataset:
-    """An opened data folder: `manifest`, `tokenizer()`, and `split("train")`, `split("val")`."""
+    """An opened data folder: `manifest`, `tokenizer`, `identity`, and `split("train")`, `split("val")`."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
@@ -217,13 +224,22 @@ class Dataset:
             self._splits[name] = Split(self.folder, name, self.manifest)
         return self._splits[name]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a sample index to mean the same tokens: those of the training split, in their order."""
+        split = self.manifest.splits["train"]
+        joined = "".join(shard.sha256 for shard in split.shards)
+        return {"train_tokens": split.tokens, "sha256": hashlib.sha256(joined.encode()).hexdigest()}
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the shards, loaded from the folder. Raises `DataError` if it is not that one."""
         tokenizer = load_tokenizer(self.folder)
         if tokenizer.identity != self.manifest.tokenizer:
             raise DataError(
-                f"The tokenizer in {self.folder} is {tokenizer.identity}, its shards were made with {self.manifest.tokenizer}: decoding would "
-                "give other text. Restore the folder's tokenizer files, or prepare the data again."
+                f"The tokenizer in {self.folder} is {tokenizer.identity}, its shards were made with "
+                f"{self.manifest.tokenizer}: decoding would give other text. Restore the folder's tokenizer files, or "
+                "prepare the data again."
             )
         return tokenizer
 
@@ -235,17 +251,17 @@ class Dataset:
                     found = file_sha256(self.folder / file)
                     if found != expected:
                         raise DataError(
-                            f"{self.folder / file} has SHA-256 {found}, the manifest says {expected}: some of it was changed or damaged, and "
-                            "training on it would go wrong unseen. Copy it again from where it was sound, or delete the folder and prepare "
-                            "the data again."
+                            f"{self.folder / file} has SHA-256 {found}, the manifest says {expected}: some of it was "
+                            "changed or damaged, and training on it would go wrong unseen. Copy it again from where "
+                            "it was sound, or delete the folder and prepare the data again."
                         )
 
 
 def open_dataset(folder: str | Path, *, verify: bool | None = None) -> Dataset:
     """Open a prepared folder.
 
-    The manifest, and that every file exists with its size, is checked always; checksums of all tokens with `verify=True`, and when
-    `verify` is None and they are less than 1 GB. Raises `DataError`.
+    The manifest, and that every file exists with its size, is checked always; checksums of all tokens with
+    `verify=True`, and when `verify` is None and they are less than 1 GB. Raises `DataError`.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

@@ -4,12 +4,12 @@ Kinds, by specification:
 
 - `gpt2`: GPT-2's byte-level BPE, 50,257 ids, its two files fetched as a pinned package.
 - `bytes`: one id per UTF-8 byte and one for end of text: 257 ids. Needs no training and no files.
-- `bpe:N`: a byte-level BPE of N ids (GPT-2's way of splitting words) trained on the corpus at hand; ids below N, the last one ends texts.
-  A corpus too small for N gives fewer; `vocab_size` says how many.
+- `bpe:N`: a byte-level BPE of N ids (GPT-2's way of splitting words) trained on the corpus at hand; ids below N, the
+  last one ends texts. A corpus too small for N gives fewer; `vocab_size` says how many.
 - a path to any `tokenizer.json`, or to a folder that `save` wrote.
 
-`gpt2`, `bytes` and `bpe` are lossless: decode(encode(x)) == x for every string that UTF-8 can hold. Text that spells a special token
-(`<|endoftext|>`) is ordinary text: only the pipeline itself ends a document.
+`gpt2`, `bytes` and `bpe` are lossless: decode(encode(x)) == x for every string that UTF-8 can hold. Text that spells a
+special token (`<|endoftext|>`) is ordinary text: only the pipeline itself ends a document.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Tokenizer:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for token ids to mean the same: kind, SHA-256 of the vocabulary, number of ids, end-of-text id."""
+        """What must be equal for token ids to mean the same: kind, SHA-256 of the vocabulary, number of ids,
+        end-of-text id.
+        """
         return {"kind": self.kind, "sha256": self._sha256, "vocab_size": self.vocab_size, "eot": self.eot}
 
     @property
@@ -77,7 +79,9 @@ class Tokenizer:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids of all texts in one row, each text followed by end of text; number of ids of each text, that one included)."""
+        """(ids of all texts in one row, each text followed by end of text; number of ids of each text, that one
+        included).
+        """
         if self._is_bytes:
             encoded = [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
         else:
@@ -92,11 +96,13 @@ class Tokenizer:
         return tokens, lengths
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 (a character cut in half) become U+FFFD, special tokens their names."""
+        """Text of `ids`; bytes that are not UTF-8 (half a character) become U+FFFD, special tokens their names."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray:
-        """(V,) int32: UTF-8 bytes each id stands for, 0 for special tokens. Exact for byte-level tokenizers, which the lossless ones are."""
+        """(V,) int32: UTF-8 bytes each id stands for, 0 for special tokens. Exact for byte-level tokenizers, which the
+        lossless ones are.
+        """
         sizes = np.zeros(self.vocab_size, np.int32)
         special = self._tokenizer.get_added_tokens_decoder()
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
@@ -132,8 +138,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if path.is_file():
         return _from_file(path)
     raise DataError(
-        f"Tokenizer {str(spec)!r} is neither known nor a file (looked in {Path.cwd()}). "
-        "Use gpt2, bytes, bpe:N (N ids, trained on the corpus), a tokenizer.json, or a prepared folder."
+        f"Tokenizer {str(spec)!r} is neither known nor a file (looked in {Path.cwd()}). Use gpt2, bytes, bpe:N (N ids, "
+        "trained on the corpus), a tokenizer.json, or a prepared folder."
     )
 
 
@@ -144,14 +150,16 @@ def bpe_size(spec: str | Path) -> int | None:
         return None
     if not match[1].isdecimal() or not SMALLEST_BPE <= int(match[1]) <= 1 << 20:
         raise DataError(
-            f"The size in bpe:N must be a whole number from {SMALLEST_BPE} (256 bytes and end of text) to {1 << 20}, got {match[1]!r}. "
-            "Write for example bpe:4096."
+            f"The size in bpe:N must be a whole number from {SMALLEST_BPE} (256 bytes and end of text) to {1 << 20}, "
+            f"got {match[1]!r}. Write for example bpe:4096."
         )
     return int(match[1])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` ids trained on `texts`: the same texts give the same tokenizer, whatever the thread count."""
+    """A byte-level BPE of at most `vocab_size` ids trained on `texts`: the same texts give the same tokenizer, whatever
+    the thread count.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -163,17 +171,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    digest = hashlib.sha256(tokenizer.to_str(pretty=False).encode("utf-8")).hexdigest()
-    return Tokenizer(tokenizer, "bpe", digest, tokenizer.token_to_id(END_OF_TEXT))
+    return _with_end_of_text(tokenizer, "bpe")
 
 
 def check_same_tokenizer(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    """Raise `DataError` unless two identities agree. `where` says what `found` belongs to, e.g. `the checkpoint run/step_100`."""
+    """Raise `DataError` unless two identities agree. `where` says what `found` belongs to, e.g. `the checkpoint
+    run/step_100`.
+    """
     if expected != found:
         raise DataError(
-            f"The data was tokenized with {_describe(expected)}, but {where} uses {_describe(found)}: the same ids mean other text. "
-            "Prepare the data with that tokenizer, or train from scratch."
+            f"The data was tokenized with {_describe(expected)}, but {where} uses {_describe(found)}: the same ids "
+            "mean other text. Prepare the data with that tokenizer, or train from scratch."
         )
 
 
@@ -191,7 +199,8 @@ def _gpt2() -> Tokenizer:
 
 
 def _bytes() -> Tokenizer:
-    # The alphabet of byte-level BPE spells printable Latin-1 bytes as themselves and the others, in order, from U+0100 on.
+    # The alphabet of byte-level BPE spells printable Latin-1 bytes as themselves and the others, in order, from U+0100
+    # on.
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     vocabulary = {chr(byte) if byte in printable else chr(0x100 + others.index(byte)): byte for byte in range(256)}
@@ -203,8 +212,15 @@ def _byte_level(model: models.BPE, kind: str, digest: str) -> Tokenizer:
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
+    return _with_end_of_text(tokenizer, kind, digest)
+
+
+def _with_end_of_text(tokenizer: tokenizers.Tokenizer, kind: str, digest: str | None = None) -> Tokenizer:
     tokenizer.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(tokenizer, kind, digest, tokenizer.token_to_id(END_OF_TEXT))
+    eot = tokenizer.token_to_id(END_OF_TEXT)
+    assert eot is not None
+    digest = digest or hashlib.sha256(tokenizer.to_str(pretty=False).encode("utf-8")).hexdigest()
+    return Tokenizer(tokenizer, kind, digest, eot)
 
 
 def _from_file(path: Path) -> Tokenizer:
@@ -213,8 +229,8 @@ def _from_file(path: Path) -> Tokenizer:
     eot = next((i for i in map(tokenizer.token_to_id, END_OF_TEXT_NAMES) if i is not None), None)
     if eot is None:
         raise DataError(
-            f"{path} has no end-of-text token (looked for {', '.join(END_OF_TEXT_NAMES)}), which must follow every document. "
-            f"Add one of these to its added_tokens."
+            f"{path} has no end-of-text token (looked for {', '.join(END_OF_TEXT_NAMES)}), which must follow every "
+            "document. Add one of these to its added_tokens."
         )
     return Tokenizer(tokenizer, "file", hashlib.sha256(data).hexdigest(), eot)
 
@@ -238,8 +254,8 @@ def _saved(folder: Path) -> Tokenizer:
     found = hashlib.sha256(data).hexdigest()
     if found != expected:
         raise DataError(
-            f"{path} has SHA-256 {found}, its identity file says {expected}: it was changed or damaged, and ids may mean other text. "
-            "Restore it, or prepare the data again."
+            f"{path} has SHA-256 {found}, its identity file says {expected}: it was changed or damaged, and ids may "
+            "mean other text. Restore it, or prepare the data again."
         )
     return Tokenizer(_parse(data, path), kind, digest, eot)
 
