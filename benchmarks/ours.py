@@ -1,0 +1,69 @@
+"""tritium's own training step behind the interface of a peer: what ``tritium train`` runs, built by the same
+function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritium.engine import train
+from tritium.engine.config import Config
+from tritium.engine.parallel import World
+from tritium.engine.step import MicroBatch, train_step
+
+
+class Training:
+    """An engine in training, one micro-batch a step."""
+
+    def __init__(self, config: Config, device: str, B: int):
+        rows = dataclasses.replace(config.train, batch_rows=B, micro_rows=B)
+        self.config = dataclasses.replace(config, train=rows)
+        self.world = World(device=torch.device(device))
+        self.deterministic = train.is_deterministic(self.config, self.world.device)
+        with self._settings():
+            self.engine = train.build(self.config, self.world)
+        self.lr = torch.full((), config.optim.lr, device=device)
+        self.inverse_count = torch.empty((), device=device)
+
+    def _settings(self) -> contextlib.AbstractContextManager[None]:
+        return train.determinism(self.deterministic)  # as train.main does
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights in the peers' common naming and start the optimizer anew; every parameter must be given."""
+        from tritium.engine import hf
+
+        hf.load_weights(self.engine, weights)
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss without a gradient, () fp32."""
+        with torch.no_grad(), self._settings():
+            return self.engine.loss(MicroBatch(ids, targets)) / targets.numel()
+
+    def step(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Forward, backward, clip, AdamW, zero; returns the loss before the update, () fp32."""
+        self.inverse_count.fill_(1.0 / targets.numel())
+        with self._settings():
+            batch = MicroBatch(ids, targets)
+            loss, _ = train_step(
+                self.engine.loss, self.engine.optimizer, [batch], self.lr, self.inverse_count, self.world
+            )
+        return loss
+
+
+def build(config: Config, device: str = "cpu", B: int = 1) -> Training:
+    """The preset's own settings with B rows a step. KernelError when a kernel choice cannot be met."""
+    return Training(config, device, B)
+
+
+def describe(training: Training) -> dict[str, Any]:
+    """For records: the settings that ``auto`` resolved to, and the kernel table."""
+    engine = training.engine
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[engine.dtype]
+    variant = f"{precision}, {'compiled' if engine.compiled else 'eager'}"
+    return {"variant": variant, "kernels": [dataclasses.asdict(row) for row in engine.table if row.phase == "train"]}

@@ -1,0 +1,185 @@
+"""Other implementations of GPT-2 to be compared with, each as fast as its users can make it.
+
+A peer is a module with
+
+    NAME                                          how tables call it
+    why_not() -> str | None                       None = can run here; otherwise one sentence: rule, value, remedy
+    variants(device) -> list[Variant]             the settings worth trying; the fastest represents the peer
+    build(config, variant, device, optim) -> Training
+
+Weights travel in one common naming, that of the published GPT-2 checkpoints (``wte.weight``,
+``h.0.attn.c_attn.weight`` of shape (in, out), ...): :func:`initial_weights` makes them, and every peer's ``load``
+takes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from tritium.engine.config import GPTConfig, OptimConfig
+
+NAMES = ("textbook", "huggingface")
+
+
+def peer(name: str) -> ModuleType:
+    """The peer's module; KeyError for an unknown name."""
+    if name not in NAMES:
+        raise KeyError(name)
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to set a peer up.
+
+    precision: "fp32", or "bf16" for autocast over fp32 weights. matmul: torch.set_float32_matmul_precision of the
+    process. padded: the token table has a multiple of 128 rows, and the loss leaves the surplus out. compile:
+    "false", or a mode of torch.compile. extra: the peer's own option.
+    """
+
+    precision: str = "fp32"
+    matmul: str = "highest"
+    padded: bool = True
+    compile: str = "default"
+    extra: str = ""
+
+    def __str__(self) -> str:
+        vocabulary = "padded V" if self.padded else "exact V"
+        compiled = {"false": "eager", "default": "compiled"}.get(self.compile, f"compiled {self.compile}")
+        matmul = "" if self.matmul == "highest" else f"matmul {self.matmul}"
+        return ", ".join(filter(None, (self.precision, matmul, vocabulary, compiled, self.extra)))
+
+
+class Training:
+    """A model in training: the step of a careful user, the same for every peer.
+
+    loss(ids, targets): mean cross-entropy, both (B, T) int64 → () fp32. rename(weights): the common naming → the
+    module's own.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+        variant: Variant,
+        device: str,
+        optim: OptimConfig,
+        attention: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ):
+        torch.set_float32_matmul_precision(variant.matmul)
+        self.module, self.device, self.optim, self.attention = module, device, optim, attention
+        self.bf16 = variant.precision == "bf16"
+        self.rename = rename
+        compiled = {} if variant.compile == "default" else {"mode": variant.compile}
+        self.forward = (
+            loss if variant.compile == "false" else torch.compile(loss, dynamic=False, fullgraph=True, **compiled)
+        )
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over flat lists, one fused call per group; matrices decay, vectors do not."""
+        parameters = list(self.module.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.optim.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        betas = (self.optim.beta1, self.optim.beta2)
+        return torch.optim.AdamW(groups, lr=self.optim.lr, betas=betas, eps=self.optim.eps, fused=True)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights in the common naming and start the optimizer anew; every parameter must be given."""
+        state = self.rename(weights)
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                rows = state[name].shape[0]
+                if parameter.shape[1:] != state[name].shape[1:] or rows > parameter.shape[0]:
+                    raise ValueError(
+                        f"{name} has the shape {tuple(parameter.shape)}, the weights {tuple(state[name].shape)}"
+                    )
+                parameter[:rows].copy_(state[name])
+                parameter[rows:].zero_()  # the padding of a token table
+        self.optimizer = self._optimizer()
+
+    def _mean_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        with self.attention(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            return self.forward(ids, targets)
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss without a gradient, () fp32."""
+        with torch.no_grad():
+            return self._mean_loss(ids, targets)
+
+    def step(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Forward, backward, clip, AdamW, zero; returns the loss before the update, () fp32, unread by the host."""
+        loss = self._mean_loss(ids, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.optim.grad_clip, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def why_not_gpt2(model: GPTConfig) -> str | None:
+    """Why a model is not GPT-2, which is all that the peers implement."""
+    plain = GPTConfig()
+    features = (
+        "position", "norm", "norm_eps", "activation", "bias", "qk_norm", "tie_head", "dropout", "label_smoothing",
+        "z_loss", "logit_softcap",
+    )  # fmt: skip
+    wrong = [f"{name}={getattr(model, name)}" for name in features if getattr(model, name) != getattr(plain, name)]
+    if model.kv_heads != model.n_head:
+        wrong.append(f"n_kv_head={model.n_kv_head}")
+    if model.hidden_width != 4 * model.n_embd:
+        wrong.append(f"mlp_width={model.mlp_width}")
+    if not wrong:
+        return None
+    return f"the peers are GPT-2s and this model has {', '.join(wrong)}; compare a preset of GPT-2's layers: gpt2_124m"
+
+
+def initial_weights(model: GPTConfig, seed: int = 0) -> dict[str, Tensor]:
+    """GPT-2's initialisation in the common naming, fp32 on the CPU; a function of its arguments alone.
+
+    Biases and norms are drawn as well (around 0 and 1), so that an implementation that forgot one of them shows a
+    different loss.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    C, std = model.n_embd, model.init_std
+    residual_std = std / math.sqrt(2 * model.n_layer)
+
+    def normal(*shape: int, std: float = std, mean: float = 0.0) -> Tensor:
+        return torch.empty(shape).normal_(mean, std, generator=generator)
+
+    weights = {"wte.weight": normal(model.vocab_size, C), "wpe.weight": normal(model.block_size, C)}
+    for layer in range(model.n_layer):
+        h = f"h.{layer}."
+        for norm in ("ln_1", "ln_2"):
+            weights[f"{h}{norm}.weight"], weights[f"{h}{norm}.bias"] = normal(C, mean=1.0), normal(C)
+        shapes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+        for name, shape in shapes.items():
+            weights[f"{h}{name}.weight"] = normal(*shape, std=residual_std if name.endswith("c_proj") else std)
+            weights[f"{h}{name}.bias"] = normal(shape[1])
+    weights["ln_f.weight"], weights["ln_f.bias"] = normal(C, mean=1.0), normal(C)
+    return weights
+
+
+def batches(model: GPTConfig, B: int, T: int, count: int, device: str, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """``count`` pairs ids, targets (B, T) int64, contiguous, drawn from ``seed``; targets are ids shifted by one."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(model.vocab_size, (B, T + 1), generator=generator) for _ in range(count)]
+    return [(r[:, :-1].contiguous().to(device), r[:, 1:].contiguous().to(device)) for r in rows]
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether bf16 matrices are multiplied in hardware."""
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

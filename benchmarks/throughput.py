@@ -1,0 +1,378 @@
+"""Training throughput against peers: tokens/s of whole steps, on equal weights, batches and losses.
+
+    tritium bench [PRESET ...] [--T 256] [--B 2] [--rounds 10]
+
+Every implementation trains in a process of its own (:mod:`arm`), one at a time. First each peer's variants are tried
+and the fastest kept; then it is checked that all of them compute the same thing (the losses of three steps from the
+same weights over the same batches: forward, backward, clipping and update); then they are timed, interleaved in
+rounds (:mod:`timing`). A comparison of different things is refused: exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from tritium.benchmarks import peers, record, timing
+from tritium.benchmarks.arm import OURS, ArmError, ArmProcess
+from tritium.engine import presets
+from tritium.engine.config import Config
+from tritium.engine.metrics import flops_per_token
+
+RESULTS = record.ROOT / "benchmarks" / "results"
+SHAPES = {
+    "cpu": {"gpt2_124m": (256, 2), "tiny": (256, 16)},
+    "cuda": {"gpt2_124m": (1024, 32), "tiny": (256, 64)},
+}  # (T, B)
+VOCAB_SIZE = 4096  # for a preset that takes its vocabulary from the data: what the tiny preset's tokenizer has
+LOSS_STEPS = 3
+LOSS_BOUNDS = {"fp32": (1e-4, 1e-3), "bf16": (2e-3, 1e-2)}  # relative: the first step's loss, and those after an update
+NEAR = 0.05  # a variant this close to its peer's best in the screening is timed as well, up to FINALISTS of a peer
+FINALISTS = 2
+
+ARM: record.Schema = {
+    "peer": str,  # "tritium" or a name in peers.NAMES
+    "variant": str,
+    "losses": [record.NUMBER],  # of LOSS_STEPS steps from the common weights
+    "warm_up": {"runs": int, "stable": bool},
+    "tokens_per_s": record.NUMBER,  # B·T over the median step
+    "times": {
+        "runs": int, "min_ms": record.NUMBER, "p20_ms": record.NUMBER, "p50_ms": record.NUMBER, "p80_ms": record.NUMBER,
+        "rounds_ms": [[record.NUMBER]],
+    },
+    "noise": record.NUMBER,  # median |log ratio| of the two runs within a round
+    "startup_s": record.NUMBER,  # from before the process existed to the end of its first step, compiled from nothing
+    "peak_bytes": int,  # after two steps, less what the imports take
+    "threads": int,
+    "kernels": [{"site": str, "op": str, "phase": str, "backend": str, "why": str}],
+}  # fmt: skip
+INTERVAL: record.Schema = {"median": record.NUMBER, "low": record.NUMBER, "high": record.NUMBER, "level": record.NUMBER}
+SCHEMA: record.Schema = {
+    "settings": {
+        "preset": str, "T": int, "B": int, "rounds": int, "seed": int, "flops_per_token": int,  # full convention
+        "config": dict,
+    },
+    "method": str,
+    "screening": [
+        {"peer": str, "variant": str, "tokens_per_s": (*record.NUMBER, type(None)), "problem": (str, type(None))},
+    ],
+    "equal_loss": {"ok": bool, "worst_relative": record.NUMBER, "problems": [str]},
+    "arms": {str: ARM},
+    "best_peer": str,  # the key of the fastest arm that is not ours
+    "speedup": {str: INTERVAL},  # ours over each of the other arms
+    "peers_absent": {str: str},  # peer → why it could not run
+}  # fmt: skip
+METHOD = (
+    "one process an arm, one running at a time; warm-up until the medians of two windows of 3 steps agree to 5 %; "
+    "a round is every arm once in an order and once in its reverse; speedup = median over rounds of the ratio of times "
+    "within the round, 95 % percentile bootstrap"
+)
+
+
+class UnequalLoss(RuntimeError):
+    """The arms do not compute the same thing; the message says which and by how much."""
+
+
+def shaped(name: str, T: int) -> Config:
+    """The preset as it is benchmarked: its vocabulary set, one micro-batch a step, room for rows of T tokens."""
+    config = presets.load(name)
+    model = dataclasses.replace(
+        config.model, vocab_size=config.model.vocab_size or VOCAB_SIZE, block_size=max(T, config.model.block_size)
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def bench_train(
+    config: Config,
+    T: int,
+    B: int,
+    *,
+    rounds: int = 10,
+    device: str = "cpu",
+    peer_names: Sequence[str] = peers.NAMES,
+    screening_steps: int = 5,
+    seed: int = 0,
+    command: str = "",
+) -> dict[str, Any]:
+    """Compare training throughput; returns the record (:data:`SCHEMA`).
+
+    screening_steps: timed steps of each variant when choosing among a peer's; 0 takes the first variant of each.
+    Raises UnequalLoss, ArmError when ours fails, and ValueError when no peer can be compared with.
+    """
+    result = record.begin("throughput", command, device)
+    problem = peers.why_not_gpt2(config.model)
+    if problem is not None:
+        raise ValueError(problem)
+    absent = {name: reason for name in peer_names if (reason := peers.peer(name).why_not()) is not None}
+    present = [name for name in peer_names if name not in absent]
+    if not present:
+        raise ValueError("there is no peer to compare with: " + "; ".join(f"{k} {v}" for k, v in absent.items()))
+    run = _Run(config, T, B, device, seed)
+    with tempfile.TemporaryDirectory(prefix="tritium-bench-") as folder, contextlib.ExitStack() as stack:
+        run.folder = pathlib.Path(folder)
+        screening, finalists = run.screen(present, screening_steps)
+        arms: dict[str, ArmProcess] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        for name, variant in [(OURS, None), *finalists]:
+            arm = stack.enter_context(run.process(name, variant))
+            started = run.start(arm)
+            key = f"{name}: {started['variant']}"
+            arms[key], facts[key] = arm, {"peer": name, **started}
+            facts[key]["losses"] = arm.losses(LOSS_STEPS)
+            _say(f"{key}: first step done after {started['startup_s']:.1f} s, losses {facts[key]['losses']}")
+        first = next(iter(arms))
+        equal = equal_losses({key: (fact["losses"], fact["variant"]) for key, fact in facts.items()})
+        if not equal["ok"]:
+            raise UnequalLoss(
+                "these do not compute the same thing, so their speeds are not compared:\n  "
+                + "\n  ".join(equal["problems"])
+            )
+        for key, arm in arms.items():
+            warm = timing.warm_up(arm.step_ms)
+            facts[key]["warm_up"] = {"runs": warm.runs, "stable": warm.stable}
+        samples = timing.interleave(
+            {key: arm.step_ms for key, arm in arms.items()}, rounds, lambda done: _say(f"round {done} of {rounds}")
+        )
+    for key, taken in samples.items():
+        facts[key] |= {
+            "tokens_per_s": 1e3 * B * T / taken.median_ms,
+            "times": taken.to_json(),
+            "noise": timing.noise(taken),
+        }
+    others = [key for key in samples if key != first]
+    best = min(others, key=lambda key: samples[key].median_ms)
+    return result | {
+        "settings": {
+            "preset": config.name, "T": T, "B": B, "rounds": rounds, "seed": seed,
+            "flops_per_token": flops_per_token(config.model, T), "config": json.loads(config.to_json()),
+        },
+        "method": METHOD,
+        "screening": screening,
+        "equal_loss": equal,
+        "arms": facts,
+        "best_peer": best,
+        "speedup": {key: timing.speedup(samples[first], samples[key]).to_json() for key in others},
+        "peers_absent": absent,
+    }  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Run:
+    """What all arms of one comparison share."""
+
+    config: Config
+    T: int
+    B: int
+    device: str
+    seed: int
+    folder: pathlib.Path = pathlib.Path()
+    spawned: int = 0
+
+    def process(self, name: str, variant: peers.Variant | None) -> ArmProcess:
+        self.spawned += 1
+        place = self.folder / f"{self.spawned}"
+        place.mkdir()
+        return ArmProcess(
+            name, None if variant is None else dataclasses.asdict(variant), place / "cache", place / "stderr.txt"
+        )
+
+    def start(self, arm: ArmProcess) -> dict[str, Any]:
+        return arm.start(self.config, self.B, self.T, self.device, self.seed)
+
+    def screen(self, names: Sequence[str], steps: int) -> tuple[list[dict[str, Any]], list[tuple[str, peers.Variant]]]:
+        """Try the variants of each peer; returns what was seen, and the variants to compare with."""
+        seen: list[dict[str, Any]] = []
+        finalists: list[tuple[str, peers.Variant]] = []
+        for name in names:
+            variants = peers.peer(name).variants(self.device)
+            if steps == 0:
+                finalists.append((name, variants[0]))
+                continue
+            speeds: dict[peers.Variant, float] = {}
+            for variant in variants:
+                row: dict[str, Any] = {"peer": name, "variant": str(variant), "tokens_per_s": None, "problem": None}
+                try:
+                    with self.process(name, variant) as arm:
+                        self.start(arm)
+                        timing.warm_up(arm.step_ms, limit_runs=10)
+                        speeds[variant] = 1e3 * self.B * self.T / statistics.median(arm.step_ms() for _ in range(steps))
+                        row["tokens_per_s"] = speeds[variant]
+                except ArmError as error:  # a variant that does not run here is recorded, and no reason to stop
+                    row["problem"] = str(error)
+                seen.append(row)
+                _say(f"screening {name}: {variant}: {row['problem'] or format(speeds[variant], '.0f') + ' tokens/s'}")
+            if not speeds:
+                raise ArmError(
+                    f"no variant of {name} runs here: "
+                    + "; ".join(row["problem"] for row in seen if row["peer"] == name)
+                )
+            ranked = sorted(speeds, key=lambda v: -speeds[v])
+            finalists += [(name, v) for v in ranked[:FINALISTS] if speeds[v] >= (1 - NEAR) * speeds[ranked[0]]]
+        return seen, finalists
+
+
+def equal_losses(arms: dict[str, tuple[Sequence[float], str]]) -> dict[str, Any]:
+    """Hold every arm's losses to the first arm's; arms: key → (losses, its variant's text)."""
+    (first, (wanted, first_variant)), *rest = arms.items()
+    worst, found = 0.0, []
+    for key, (losses, variant) in rest:
+        bounds = LOSS_BOUNDS["bf16" if "bf16" in variant or "bf16" in first_variant else "fp32"]
+        for step, (a, b) in enumerate(zip(wanted, losses, strict=True)):
+            relative, bound = abs(a - b) / abs(a), bounds[min(step, 1)]
+            worst = max(worst, relative)
+            if not relative <= bound:  # also when it is NaN
+                found.append(
+                    f"step {step + 1}: {first} has the loss {a:.6f}, {key} {b:.6f}: relative {relative:.2g} > {bound:g}"
+                )
+    return {"ok": not found, "worst_relative": worst, "problems": found}
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def table(result: dict[str, Any]) -> str:
+    """The record as a Markdown table with a caption that says where it was measured and how to repeat it."""
+    settings, machine, version = result["settings"], result["machine"], result["versions"]
+    arms = sorted(result["arms"].items(), key=lambda item: item[1]["times"]["p50_ms"])
+    threads = next(iter(result["arms"].values()))["threads"]
+    where = f"{machine['name']}" + (f", {threads} threads" if machine["device"] == "cpu" else "")
+    lines = [
+        f"**{settings['preset']}, T={settings['T']}, B={settings['B']}** on {where}; torch {version['torch']}, "
+        f"{settings['rounds']} interleaved rounds, commit {result['commit'][:10]}"
+        f"{' (modified)' if result['dirty'] else ''}: `{result['command']}`",
+        "",
+        "| training step | tokens/s | tritium is faster by (95 % interval) | start-up, s | peak memory, GiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for key, arm in arms:
+        if key in result["speedup"]:
+            ratio = result["speedup"][key]
+            faster = f"{ratio['median']:.3f} × [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+        else:
+            faster = "–"
+        cells = [key, f"{arm['tokens_per_s']:.0f}"]
+        if arm["peer"] == OURS:
+            cells = [f"**{cell}**" for cell in cells]
+        cells += [faster, f"{arm['startup_s']:.1f}", f"{arm['peak_bytes'] / 2**30:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """One sentence: against the best peer, with the interval's lower bound."""
+    ratio = result["speedup"][result["best_peer"]]
+    sure = "its lower bound is above 1" if ratio["low"] > 1.0 else "its lower bound is NOT above 1"
+    return (
+        f"{result['settings']['preset']}: tritium is {ratio['median']:.3f} × as fast as the best peer "
+        f"({result['best_peer']}), 95 % interval [{ratio['low']:.3f}, {ratio['high']:.3f}]: {sure}"
+    )
+
+
+def save(result: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
+    """Write the record, and beside it the tables of all throughput records of the folder (throughput.md)."""
+    settings = result["settings"]
+    path = folder / f"throughput_{settings['preset']}_T{settings['T']}_B{settings['B']}.json"
+    record.write(result, SCHEMA, path)
+    tables = [table(json.loads(p.read_text())) for p in sorted(folder.glob("throughput_*.json"))]
+    (folder / "throughput.md").write_text("\n\n".join(tables) + "\n")
+    return path
+
+
+def results_folder(result: dict[str, Any]) -> pathlib.Path:
+    """benchmarks/results/cpu, or .../NAME of the GPU."""
+    machine = result["machine"]
+    return RESULTS / (
+        "cpu" if machine["device"] == "cpu" else re.sub(r"[^a-z0-9]+", "_", machine["name"].lower()).strip("_")
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="tritium bench", description="Training throughput against other implementations of the same model."
+    )
+    made.add_argument("presets", nargs="*", metavar="PRESET", help="presets to compare (default: gpt2_124m tiny)")
+    made.add_argument("--T", type=int, help="tokens in a row (default: by preset, 256 on a CPU)")
+    made.add_argument("--B", type=int, help="rows in a step (default: by preset)")
+    made.add_argument(
+        "--rounds", type=int, default=10, help="interleaved rounds, each runs everything twice (default: 10)"
+    )
+    made.add_argument(
+        "--peers", default=",".join(peers.NAMES), help="implementations to compare with (default: %(default)s)"
+    )
+    made.add_argument(
+        "--screening-steps",
+        type=int,
+        default=5,
+        help="timed steps of each variant of a peer; 0: only its first variant",
+    )
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    made.add_argument("--kernels", default="", help="backend for every op that has it (default: what the preset says)")
+    made.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), help="tritium's precision (default: what the preset says)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
+    made.add_argument(
+        "--out", type=pathlib.Path, help="folder of the record (default: benchmarks/results/MACHINE of the source tree)"
+    )
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``tritium bench``; exit status 0, 1 when the losses differ or an arm fails, 2 for a wrong command line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    made = parser()
+    a = made.parse_args(argv)
+    device = a.device
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = a.presets or list(SHAPES[device])
+    for name in names:
+        if name not in presets.names():
+            made.error(f"there is no preset {name!r}; presets: {', '.join(presets.names())}")
+    for name in a.peers.split(","):
+        if name not in peers.NAMES:
+            made.error(f"there is no peer {name!r}; peers: {', '.join(peers.NAMES)}")
+    if a.rounds < 2:
+        made.error(f"--rounds must be at least 2, or there is no interval; it is {a.rounds}")
+    status = 0
+    for name in names:
+        T, B = SHAPES[device].get(name, (256, 2))
+        T, B = a.T or T, a.B or B
+        config = shaped(name, T)
+        if a.kernels:
+            config = dataclasses.replace(config, kernels=dataclasses.replace(config.kernels, default=a.kernels))
+        if a.precision:
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=a.precision))
+        command = shlex.join(["tritium", "bench", *argv])
+        try:
+            result = bench_train(
+                config, T, B, rounds=a.rounds, device=device, peer_names=a.peers.split(","),
+                screening_steps=a.screening_steps, seed=a.seed, command=command,
+            )  # fmt: skip
+        except (UnequalLoss, ArmError, ValueError) as error:
+            _say(f"{name}: {error}")
+            status = 1
+            continue
+        path = save(result, a.out or results_folder(result))
+        print(f"\n{table(result)}\n\n{verdict(result)}\nwritten: {path}", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
