@@ -382,11 +382,11 @@ def data_folder(config: Config) -> pathlib.Path:
 
 def prepared(config: Config, world: World, reporter: Reporter) -> pathlib.Path:
     """The folder of shards, prepared by the first process when it is not there yet."""
-    from tritium.engine.data.prepare import prepare
+    from tritium.engine.data.prepare import is_prepared, prepare
 
     folder = data_folder(config)
     failure = None
-    if world.first and not (config.data.folder and (folder / "manifest.json").exists()):
+    if world.first and not (config.data.folder and is_prepared(folder)):
         try:
             prepare(
                 config.data.sources, folder, tokenizer=config.data.tokenizer, field=config.data.field,
