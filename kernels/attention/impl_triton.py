@@ -1,0 +1,659 @@
+"""attention in Triton: the FlashAttention-2 algorithm, forward and backward, without atomics.
+
+Mathematics, for a query row i of one head and the keys j it sees (reference.py says which), c the softcap:
+    s_ij = scale·q_i·k_j  (softcapped: c·tanh(s_ij/c))        lse_i = log Σ_j exp s_ij        p_ij = exp(s_ij - lse_i)
+    y_i = Σ_j p_ij v_j
+    dv_j = Σ_i p_ij dy_i        dp_ij = dy_i·v_j        delta_i = Σ_j p_ij dp_ij = y_i·dy_i
+    ds_ij = p_ij (dp_ij - delta_i)  (softcapped: times 1 - (s_ij/c)²)        dq_i = scale Σ_j ds_ij k_j        dk_j = scale Σ_i ds_ij q_i
+With dropout of probability r and keep mask z_ij (reference.keep_mask, the same hash bit for bit): p_ij becomes p_ij z_ij/(1 - r) in y and dv,
+and dp_ij becomes dp_ij z_ij/(1 - r). A row that sees no key: y = 0, lse = +∞, hence p = 0 and no gradient anywhere.
+
+Shapes: B batch, Tq queries, Tk keys, H query heads, G key/value heads, R = H/G, D head width; BLOCK_M queries by BLOCK_N keys a tile,
+BLOCK_D the power of two ≥ D.
+
+Forward: a program holds BLOCK_M queries and walks the keys, keeping the running maximum m, sum l and unnormalised output in fp32, all in base 2
+    (log₂e is folded into the scale). Saved: q, k, v, y and lse (B, H, Tq) fp32 in base 2.
+Backward: delta first; then dk and dv, a program holding BLOCK_N keys of one key head and walking the queries of its R query heads; then dq, a
+    program holding BLOCK_M queries and walking the keys. Each result has one writer: bitwise repeatable, and grouped heads need no buffers.
+Each walk has up to three parts: tiles cut by a window's or document's beginning, tiles seen whole, which carry no mask, and tiles cut by the
+diagonal or the end. Tiles that nothing sees are not visited.
+FLOPs over the P visible pairs: forward 4·P·H·D, backward 10·P·H·D (2 of them recompute s). Bytes: q, k, v, y and their gradients, once. The bound
+is the tensor cores; beside them each pair costs one exp2 in either direction, which at D = 64 is as dear as the GEMMs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritium.kernels.autograd import differentiable
+from tritium.kernels.lib import triton_launch as launch
+from tritium.kernels.lib.triton_math import LOG2E, tanh
+from tritium.kernels.site import Site
+
+DETERMINISTIC = True
+MAX_D = 256
+LOWEST = tl.constexpr(
+    -1e30
+)  # where the running maximum starts: finite, so that a tile with nothing visible subtracts no infinities
+SCAN = tl.constexpr(1024)  # entries of seq_start looked at in one step
+
+
+# ---------------------------------------------------------------------------------------------- masks, ranges and scores
+
+
+@triton.jit
+def _visible(i, j, start, Tk, past, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether query i sees key j; i, j and start broadcast. past = Tk - Tq, so that i + past is the query's position."""
+    seen = j < Tk
+    if CAUSAL:
+        seen = seen & (j <= i + past)
+    if WINDOW:
+        seen = seen & (i + past - j < window)
+    if start is not None:
+        seen = seen & (j >= start)
+    return seen
+
+
+@triton.jit
+def _starts(START, i, Tq, stride_st):
+    """The document starts of queries i; one past the end has the largest."""
+    return tl.load(START + i.to(tl.int64) * stride_st, i < Tq, other=2147483647)
+
+
+@triton.jit
+def _key_ranges(
+    START, m0, Tq, Tk, past, window, stride_st,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The keys for queries m0 … m0 + BLOCK_M - 1: (first, whole, tail, last) with first ≤ whole ≤ tail multiples of BLOCK_N; tiles in
+    [whole, tail) are seen whole, those in [first, whole) and [tail, last) in part."""
+    last, tail = Tk, Tk
+    first, whole = 0, 0
+    if CAUSAL:
+        last = tl.minimum(Tk, m0 + BLOCK_M + past)
+        tail = tl.minimum(Tk, m0 + past + 1)
+    if WINDOW:
+        first = m0 + past - window + 1
+        whole = first + BLOCK_M - 1
+    if START is not None:
+        i = m0 + tl.arange(0, BLOCK_M)
+        starts = _starts(START, i, Tq, stride_st)
+        first = tl.maximum(first, tl.min(starts, 0))
+        whole = tl.maximum(whole, tl.max(tl.where(i < Tq, starts, 0), 0))
+    last = tl.maximum(last, 0)
+    first = tl.minimum(tl.maximum(first, 0), last) // BLOCK_N * BLOCK_N
+    whole = tl.minimum(tl.cdiv(tl.maximum(whole, 0), BLOCK_N), tl.cdiv(last, BLOCK_N)) * BLOCK_N
+    tail = tl.maximum(tl.maximum(tail, 0) // BLOCK_N * BLOCK_N, whole)
+    return first, whole, tail, last
+
+
+@triton.jit
+def _query_ranges(
+    START, n0, Tq, Tk, past, window, stride_st,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The queries that see keys n0 … n0 + BLOCK_N - 1, as in _key_ranges with the axes exchanged."""
+    last, tail = Tq, Tq
+    first, whole = 0, 0
+    end = tl.minimum(n0 + BLOCK_N, Tk) - 1  # the last key of this tile
+    if CAUSAL:
+        first = n0 - past
+        whole = end - past
+    if WINDOW:
+        last = tl.minimum(Tq, end + window - past)
+        tail = tl.minimum(Tq, n0 + window - past)
+    first = tl.maximum(first, 0)
+    if START is not None:
+        # queries from `unseen` on belong to documents that start after this tile; those before `cut` to documents that start before it
+        cut = Tq
+        unseen = 0
+        for t in range(first, Tq, SCAN):
+            i = t + tl.arange(0, SCAN)
+            starts = _starts(START, i, Tq, stride_st)
+            cut = tl.minimum(cut, tl.min(tl.where((starts > n0) & (i < Tq), i, Tq), 0))
+            unseen = tl.maximum(unseen, tl.max(tl.where(starts <= end, i + 1, 0), 0))
+        last = tl.minimum(last, unseen)
+        tail = tl.minimum(tail, cut)
+    last = tl.maximum(last, 0)
+    first = tl.minimum(first, last) // BLOCK_M * BLOCK_M
+    whole = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(whole, 0), BLOCK_M), tl.cdiv(last, BLOCK_M)) * BLOCK_M, first)
+    tail = tl.maximum(tl.maximum(tail, 0) // BLOCK_M * BLOCK_M, whole)
+    return first, whole, tail, last
+
+
+@triton.jit
+def _keep(row, j, Tk, seed, threshold):
+    """reference.keep_mask at weight (row, j), row counting the rows of all heads and batches; everything modulo 2³²."""
+    x = (row.to(tl.uint32) * Tk.to(tl.uint32) + j.to(tl.uint32)) ^ (seed.to(tl.uint32) * 0x9E3779B1)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 16)) * 0x846CA68B
+    return (x ^ (x >> 15)) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def _load_rows(X, rows, columns, T, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of rows by D columns, zeros beyond T (if MASKED) and beyond D."""
+    at = X + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if MASKED:
+        if D == BLOCK_D:
+            return tl.load(at, (rows < T)[:, None], other=0.0)
+        else:
+            return tl.load(at, (rows < T)[:, None] & (columns < D)[None, :], other=0.0)
+    else:
+        if D == BLOCK_D:
+            return tl.load(at)
+        else:
+            return tl.load(at, (columns < D)[None, :], other=0.0)
+
+
+# -------------------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _forward_part(
+    y, m, l, q, K, V, begin, end, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor, softcap, threshold,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Walk the key tiles in [begin, end)."""
+    d = tl.arange(0, BLOCK_D)
+    for n0 in range(begin, end, BLOCK_N):
+        j = n0 + tl.arange(0, BLOCK_N)
+        k = _load_rows(K, j, d, Tk, stride_kt, D, BLOCK_D, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if SOFTCAP:
+            s = softcap * tanh(s * (factor / softcap))
+            to_base_2 = LOG2E
+        else:
+            to_base_2 = factor
+        if MASKED:
+            s = tl.where(_visible(i[:, None], j[None, :], start, Tk, past, window, CAUSAL, WINDOW), s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * to_base_2)
+        p = tl.exp2(s * to_base_2 - m_new[:, None])
+        rescale = tl.exp2(m - m_new)
+        l = l * rescale + tl.sum(p, 1)
+        y = y * rescale[:, None]
+        if DROPOUT:
+            p = tl.where(_keep(row[:, None], j[None, :], Tk, seed, threshold), p, 0.0)
+        v = _load_rows(V, j, d, Tk, stride_vt, D, BLOCK_D, MASKED)
+        y = tl.dot(p.to(v.dtype), v, y, input_precision=PRECISION)
+        m = m_new
+    return y, m, l
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "R", "window", "threshold"])
+def _forward(
+    Q, K, V, START, SEED, Y, LSE, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_sb, stride_st, Tq, Tk, H, R, factor, softcap, window, threshold, keep_scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # blocks of one head are neighbours, to share its keys in the cache; the longest (the last of a causal head) go first
+    blocks = tl.cdiv(Tq, BLOCK_M)
+    bh = tl.program_id(0) // blocks
+    m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    Q += b * stride_qb + h * stride_qh
+    K += b * stride_kb + (h // R) * stride_kh
+    V += b * stride_vb + (h // R) * stride_vh
+    past = Tk - Tq
+    i = m0 + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    row = bh * Tq + i
+    start = None
+    if START is not None:
+        START += b * stride_sb
+        start = _starts(START, i, Tq, stride_st)[:, None]
+    seed = tl.load(SEED) if DROPOUT else 0
+    q = _load_rows(Q, i, d, Tq, stride_qt, D, BLOCK_D, True)
+    y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    first, whole, tail, last = _key_ranges(START, m0, Tq, Tk, past, window, stride_st, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    if WINDOW or START is not None:
+        y, m, l = _forward_part(
+            y, m, l, q, K, V, first, whole, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor, softcap, threshold,
+            True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+    y, m, l = _forward_part(
+        y, m, l, q, K, V, whole, tail, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor, softcap, threshold,
+        False, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    y, m, l = _forward_part(
+        y, m, l, q, K, V, tail, last, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor, softcap, threshold,
+        True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    blind = l == 0.0  # these rows saw no key
+    y = y * (keep_scale / tl.where(blind, 1.0, l))[:, None]
+    lse = tl.where(blind, float("inf"), m + tl.log2(tl.where(blind, 1.0, l)))
+    tl.store(LSE + bh.to(tl.int64) * Tq + i, lse, i < Tq)
+    at = Y + ((b * Tq + i.to(tl.int64)) * H + h)[:, None] * D + d[None, :]
+    tl.store(at, y.to(Y.dtype.element_ty), (i < Tq)[:, None] & (d < D)[None, :])
+
+
+# ------------------------------------------------------------------------------------------------------------- backward
+
+
+@triton.jit(do_not_specialize=["Tq", "H"])
+def _delta(
+    Y, DY, DELTA, stride_db, stride_dt, stride_dh, Tq, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    blocks = tl.cdiv(Tq, BLOCK_M)
+    bh = tl.program_id(0) // blocks
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    i = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    y = _load_rows(Y + (b * Tq * H + h) * D, i, d, Tq, H * D, D, BLOCK_D, True).to(tl.float32)
+    dy = _load_rows(DY + b * stride_db + h * stride_dh, i, d, Tq, stride_dt, D, BLOCK_D, True).to(tl.float32)
+    tl.store(DELTA + bh.to(tl.int64) * Tq + i, tl.sum(y * dy, 1), i < Tq)
+
+
+@triton.jit
+def _backward_keys_part(
+    dk, dv, k, v, Q, DY, LSE, DELTA, START, begin, end, j, head_row, seed, Tq, Tk, past, window, stride_qt, stride_dt, stride_st,
+    factor, softcap, threshold, keep_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Walk the query tiles in [begin, end). Tiles are transposed, keys by queries, so that no product needs p or ds turned."""
+    d = tl.arange(0, BLOCK_D)
+    for m0 in range(begin, end, BLOCK_M):
+        i = m0 + tl.arange(0, BLOCK_M)
+        q = _load_rows(Q, i, d, Tq, stride_qt, D, BLOCK_D, MASKED)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if SOFTCAP:
+            t = tanh(s * (factor / softcap))
+            s = softcap * t
+            to_base_2 = LOG2E
+        else:
+            to_base_2 = factor
+        if MASKED:
+            lse = tl.load(LSE + i, i < Tq, other=float("inf"))
+            delta = tl.load(DELTA + i, i < Tq, other=0.0)
+        else:
+            lse = tl.load(LSE + i)
+            delta = tl.load(DELTA + i)
+        p = tl.exp2(s * to_base_2 - lse[None, :])
+        if MASKED:
+            start = None
+            if START is not None:
+                start = _starts(START, i, Tq, stride_st)[None, :]
+            p = tl.where(_visible(i[None, :], j[:, None], start, Tk, past, window, CAUSAL, WINDOW), p, 0.0)
+        dy = _load_rows(DY, i, d, Tq, stride_dt, D, BLOCK_D, MASKED)
+        dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
+        if DROPOUT:
+            kept = _keep((head_row + i)[None, :], j[:, None], Tk, seed, threshold)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+            dv = tl.dot(tl.where(kept, p * keep_scale, 0.0).to(dy.dtype), dy, dv, input_precision=PRECISION)
+        else:
+            dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        if SOFTCAP:
+            ds = ds * (1 - t * t)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "G", "R", "window", "threshold"])
+def _backward_keys(
+    Q, K, V, DY, START, SEED, LSE, DELTA, DK, DV,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh,
+    stride_sb, stride_st, Tq, Tk, G, R, scale, factor, softcap, window, threshold, keep_scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(Tk, BLOCK_N)
+    bg = tl.program_id(0) // blocks
+    n0 = tl.program_id(0) % blocks * BLOCK_N  # the first keys of a causal head have the longest walk, and go first
+    b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
+    past = Tk - Tq
+    j = n0 + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    if START is not None:
+        START += b * stride_sb
+    seed = tl.load(SEED) if DROPOUT else 0
+    k = _load_rows(K + b * stride_kb + g * stride_kh, j, d, Tk, stride_kt, D, BLOCK_D, True)
+    v = _load_rows(V + b * stride_vb + g * stride_vh, j, d, Tk, stride_vt, D, BLOCK_D, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    first, whole, tail, last = _query_ranges(
+        START, n0, Tq, Tk, past, window, stride_st, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
+    for r in range(R):
+        h = g * R + r
+        head = b * (G * R) + h
+        Qh, DYh = Q + b * stride_qb + h * stride_qh, DY + b * stride_db + h * stride_dh
+        LSEh, DELTAh = LSE + head * Tq, DELTA + head * Tq
+        if CAUSAL:
+            dk, dv = _backward_keys_part(
+                dk, dv, k, v, Qh, DYh, LSEh, DELTAh, START, first, whole, j, head * Tq, seed, Tq, Tk, past, window,
+                stride_qt, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
+                True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M,
+            )  # fmt: skip
+        dk, dv = _backward_keys_part(
+            dk, dv, k, v, Qh, DYh, LSEh, DELTAh, START, whole, tail, j, head * Tq, seed, Tq, Tk, past, window,
+            stride_qt, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
+            False, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
+        dk, dv = _backward_keys_part(
+            dk, dv, k, v, Qh, DYh, LSEh, DELTAh, START, tail, last, j, head * Tq, seed, Tq, Tk, past, window,
+            stride_qt, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
+            True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
+    at = ((b * Tk + j.to(tl.int64)) * G + g)[:, None] * D + d[None, :]
+    mask = (j < Tk)[:, None] & (d < D)[None, :]
+    tl.store(DK + at, (dk * scale).to(DK.dtype.element_ty), mask)
+    tl.store(DV + at, dv.to(DV.dtype.element_ty), mask)
+
+
+@triton.jit
+def _backward_queries_part(
+    dq, q, dy, lse, delta, K, V, begin, end, i, row, start, seed, Tk, past, window, stride_kt, stride_vt,
+    factor, softcap, threshold, keep_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Walk the key tiles in [begin, end)."""
+    d = tl.arange(0, BLOCK_D)
+    for n0 in range(begin, end, BLOCK_N):
+        j = n0 + tl.arange(0, BLOCK_N)
+        k = _load_rows(K, j, d, Tk, stride_kt, D, BLOCK_D, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if SOFTCAP:
+            t = tanh(s * (factor / softcap))
+            s = softcap * t
+            to_base_2 = LOG2E
+        else:
+            to_base_2 = factor
+        p = tl.exp2(s * to_base_2 - lse[:, None])
+        if MASKED:
+            p = tl.where(_visible(i[:, None], j[None, :], start, Tk, past, window, CAUSAL, WINDOW), p, 0.0)
+        v = _load_rows(V, j, d, Tk, stride_vt, D, BLOCK_D, MASKED)
+        dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            dp = tl.where(_keep(row[:, None], j[None, :], Tk, seed, threshold), dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP:
+            ds = ds * (1 - t * t)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "R", "window", "threshold"])
+def _backward_queries(
+    Q, K, V, DY, START, SEED, LSE, DELTA, DQ,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh,
+    stride_sb, stride_st, Tq, Tk, H, R, scale, factor, softcap, window, threshold, keep_scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(Tq, BLOCK_M)
+    bh = tl.program_id(0) // blocks
+    m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    K += b * stride_kb + (h // R) * stride_kh
+    V += b * stride_vb + (h // R) * stride_vh
+    past = Tk - Tq
+    i = m0 + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    row = bh * Tq + i
+    start = None
+    if START is not None:
+        START += b * stride_sb
+        start = _starts(START, i, Tq, stride_st)[:, None]
+    seed = tl.load(SEED) if DROPOUT else 0
+    q = _load_rows(Q + b * stride_qb + h * stride_qh, i, d, Tq, stride_qt, D, BLOCK_D, True)
+    dy = _load_rows(DY + b * stride_db + h * stride_dh, i, d, Tq, stride_dt, D, BLOCK_D, True)
+    lse = tl.load(LSE + bh.to(tl.int64) * Tq + i, i < Tq, other=float("inf"))
+    delta = tl.load(DELTA + bh.to(tl.int64) * Tq + i, i < Tq, other=0.0)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    first, whole, tail, last = _key_ranges(START, m0, Tq, Tk, past, window, stride_st, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    if WINDOW or START is not None:
+        dq = _backward_queries_part(
+            dq, q, dy, lse, delta, K, V, first, whole, i, row, start, seed, Tk, past, window, stride_kt, stride_vt,
+            factor, softcap, threshold, keep_scale, True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+    dq = _backward_queries_part(
+        dq, q, dy, lse, delta, K, V, whole, tail, i, row, start, seed, Tk, past, window, stride_kt, stride_vt,
+        factor, softcap, threshold, keep_scale, False, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    dq = _backward_queries_part(
+        dq, q, dy, lse, delta, K, V, tail, last, i, row, start, seed, Tk, past, window, stride_kt, stride_vt,
+        factor, softcap, threshold, keep_scale, True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    at = DQ + ((b * Tq + i.to(tl.int64)) * H + h)[:, None] * D + d[None, :]
+    tl.store(at, (dq * scale).to(DQ.dtype.element_ty), (i < Tq)[:, None] & (d < D)[None, :])
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+class Config(NamedTuple):
+    """BLOCK_M queries by BLOCK_N keys a tile, on num_warps warps, num_stages tiles of the walk in flight."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+def config(kernel: str, arch: int, D: int, dtype: torch.dtype) -> Config:
+    """The tile of ``kernel`` ("forward", "backward_keys" or "backward_queries"), chosen so that nothing spills (see kernels/aot.py)."""
+    if dtype == torch.float32:
+        return Config(32, 32, 4, 1)
+    if kernel == "forward":
+        return Config(128, 64, 4 if D <= 64 else 8, 3)
+    return Config(64, 64, 4, 2)
+
+
+def _common(
+    q: Tensor, k: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float
+) -> tuple[dict[str, object], dict[str, object]]:
+    """(numbers, constants) that all three big kernels take."""
+    D = q.shape[-1]
+    numbers = dict(
+        Tq=q.shape[1], Tk=k.shape[1], R=q.shape[2] // k.shape[2], factor=scale if softcap > 0 else scale * LOG2E.value,
+        softcap=softcap, window=window, threshold=int(dropout * 2**32), keep_scale=1 / (1 - dropout),
+    )  # fmt: skip
+    constants = dict(
+        CAUSAL=causal, WINDOW=window > 0, SOFTCAP=softcap > 0, DROPOUT=dropout > 0,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", D=D, BLOCK_D=max(launch.power_of_two(D), 16),
+    )  # fmt: skip
+    return numbers, constants
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Of each (B, T, heads, D) tensor the first three."""
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+
+
+def _start_strides(seq_start: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if seq_start is None else (seq_start.stride(0), seq_start.stride(1))
+
+
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None,
+    causal: bool, scale: float, window: int, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check(q, k, v, seq_start, seed, scale, dropout)
+    q, k, v = map(launch.unit_stride, (q, k, v))
+    B, Tq, H, D = q.shape
+    y = torch.empty(B, Tq, H, D, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
+    if y.numel() == 0:
+        return y, lse
+    numbers, constants = _common(q, k, causal, scale, window, softcap, dropout)
+    tile = config("forward", launch.arch(), D, q.dtype)
+    with launch.on_device(q):
+        _forward[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
+            q,
+            k,
+            v,
+            seq_start,
+            seed,
+            y,
+            lse,
+            *_strides(q, k, v),
+            *_start_strides(seq_start),
+            H=H,
+            **numbers,
+            **constants,
+            **tile._asdict(),
+        )
+    return y, lse
+
+
+def _launch_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, y: Tensor, lse: Tensor,
+    causal: bool, scale: float, window: int, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, dy = map(launch.unit_stride, (q, k, v, dy))
+    B, Tq, H, D = q.shape
+    Tk, G = k.shape[1], k.shape[2]
+    dq, dk, dv = _allocate_gradients(q, k, v)
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    numbers, constants = _common(q, k, causal, scale, window, softcap, dropout)
+    numbers["scale"] = scale
+    strides = (*_strides(q, k, v, dy), *_start_strides(seq_start))
+    delta = torch.empty_like(lse)
+    keys, queries = (config(kernel, launch.arch(), D, q.dtype) for kernel in ("backward_keys", "backward_queries"))
+    with launch.on_device(q):
+        _delta[(B * H * triton.cdiv(Tq, 64),)](
+            y, dy, delta, *_strides(dy), Tq, H, D=D, BLOCK_D=constants["BLOCK_D"], BLOCK_M=64, num_warps=4
+        )
+        _backward_keys[(B * G * triton.cdiv(Tk, keys.BLOCK_N),)](
+            q, k, v, dy, seq_start, seed, lse, delta, dk, dv, *strides, G=G, **numbers, **constants, **keys._asdict()
+        )
+        _backward_queries[(B * H * triton.cdiv(Tq, queries.BLOCK_M),)](
+            q, k, v, dy, seq_start, seed, lse, delta, dq, *strides, H=H, **numbers, **constants, **queries._asdict()
+        )
+    return dq, dk, dv
+
+
+def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    return dq, dk, dv
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, scale: float, dropout: float
+) -> None:
+    launch.require_dtype("attention", q=q, k=k, v=v)
+    B, Tq, H, D = q.shape
+    G = k.shape[2]
+    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D or (H % G if G else H):
+        raise ValueError(
+            f"attention takes q (B, Tq, H, D) and k, v (B, Tk, G, D) with H a multiple of G; they are {tuple(q.shape)}, {tuple(k.shape)} "
+            f"and {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"attention takes q, k and v of one dtype; they are {q.dtype}, {k.dtype} and {v.dtype}")
+    if reason := _width(D):
+        raise ValueError(f"attention in Triton: {reason}")
+    if not scale > 0:
+        raise ValueError(
+            f"attention in Triton folds the scale into the running maximum: it must be positive, it is {scale}; choose reference"
+        )
+    if seq_start is not None and seq_start.shape != (B, Tq):
+        raise ValueError(f"attention takes seq_start of shape (B, Tq) = ({B}, {Tq}); it is {tuple(seq_start.shape)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"attention takes a dropout in [0, 1); it is {dropout}")
+    if dropout > 0 and seed is None:
+        raise ValueError("attention with dropout needs a seed tensor, or the result could not be repeated")
+
+
+def _width(D: int) -> str | None:
+    if D % 8 or not 8 <= D <= MAX_D:
+        return f"the head width must be a multiple of 8 up to {MAX_D}, it is {D}; choose reference"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- autograd
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None,
+    causal: bool, scale: float, window: int, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    B, Tq, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+
+
+def _fake_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, y: Tensor, lse: Tensor,
+    causal: bool, scale: float, window: int, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _allocate_gradients(q, k, v)
+
+
+def _pairs(Tq: int, Tk: int, causal: bool, window: int) -> float:
+    """Visible (query, key) pairs as model FLOPs count them: the area, so that a causal square is half of a full one."""
+    if not causal:
+        return Tq * Tk
+
+    def seen(T: float) -> float:  # ∫₀ᵀ min(p, window) dp
+        return T * T / 2 if window <= 0 or T <= window else window * window / 2 + window * (T - window)
+
+    return seen(Tk) - seen(max(Tk - Tq, 0))
+
+
+def _flops(
+    q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, seq_start: object, seed: object, causal: bool, scale: float,
+    window: int, *args: object, out_shape: object = None, **kwargs: object,
+) -> int:  # fmt: skip
+    """The two GEMMs over the visible pairs; documents are not known to a formula and count as one."""
+    B, Tq, H, D = q_shape
+    return int(4 * B * H * D * _pairs(Tq, k_shape[1], causal, window))
+
+
+def _flops_backward(
+    dy_shape: torch.Size, q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, seq_start: object, seed: object, y_shape: object,
+    lse_shape: object, causal: bool, scale: float, window: int, *args: object, out_shape: object = None, **kwargs: object,
+) -> int:  # fmt: skip
+    """Four GEMMs: dv, dp, dq and dk. Recomputing the scores is a cost of this algorithm, not work of the model, and is not counted."""
+    return 2 * _flops(q_shape, k_shape, v_shape, seq_start, seed, causal, scale, window)
+
+
+_attention = differentiable(
+    "attention_triton",
+    forward=_launch_forward,
+    backward=_launch_backward,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    save=lambda args, results: (*args[:5], *results, *args[5:]),
+    gradients=(0, 1, 2),
+    flops=_flops,
+    flops_backward=_flops_backward,
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_start: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """q (B, Tq, H, D), k and v (B, Tk, G, D), strided views read in place → (B, Tq, H, D) in q's dtype; the options are the reference's."""
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return _attention(q, k, v, seq_start, seed, causal, scale, window, softcap, dropout)
+
+
+def unsupported(site: Site) -> str | None:
+    reason = _width(site.shape["D"]) if "D" in site.shape else None
+    scale = site.option("scale")
+    if isinstance(scale, (int, float)) and scale <= 0:
+        reason = f"the scale must be positive, it is {scale}; choose reference"
+    return launch.unsupported(site) or reason
