@@ -1,8 +1,9 @@
-"""``tritium <verb>``: what a user types. Verbs import what they need when they run, so ``tritium --help`` imports no torch.
+"""``tritium <verb>``: what a user types. Verbs import what they need as they run: ``tritium --help`` loads no torch.
 
-Flags are the fields of dataclasses (Config for ``train``, one small class per other verb); tyro writes the help and builds the values,
-``normalise`` reads what the user typed and answers mistakes with the nearest names. Exit status: 0 done, 1 could not be done,
-2 not understood, 130 stopped by Ctrl-C. TRITIUM_DEBUG=1 shows the traceback of an expected error too.
+Flags are the fields of dataclasses (Config for ``train``, one small class per other verb); tyro writes the help
+and builds the values, ``normalise`` reads what the user typed and answers mistakes with the nearest names. Exit
+status: 0 done, 1 could not be done, 2 not understood, 130 stopped by Ctrl-C. TRITIUM_DEBUG=1 shows the
+traceback of an expected error too.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from tritium.engine import presets
 from tritium.engine.config import Config, ConfigError
-from tritium.engine.report import Progress, Reporter, closing_report, duration, progress_line
+from tritium.engine.report import Progress, Reporter, bits_table, closing_report, duration, progress_line
 
 
 class UsageError(Exception):
@@ -37,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. argv: without the program's name; default: the command line."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a replaced stream
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without "×" must not stop a run
+            # a terminal that has no "×" must not stop a run
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else ""
     try:
@@ -116,7 +120,8 @@ def _fail(verb: str, message: str, status: int) -> int:
 def _expected(error: Exception) -> str | None:
     """The message of an error that is the user's to mend; None for one that is ours.
 
-    Looks classes up among the modules that are loaded: an error of a class comes from its module, and nothing is imported for it.
+    Looks classes up among the modules that are loaded: an error of a class comes from its module, and nothing
+    is imported for it.
     """
     places = (
         ("tritium.kernels.op", "KernelError"),
@@ -172,9 +177,10 @@ def flags_of(kind: Any, prefix: str = "") -> dict[str, Any]:
 def normalise(argv: Sequence[str], kind: type, positional: Sequence[str] = (), about: str = "tritium") -> list[str]:
     """The user's arguments in the one form that tyro takes: positional values, then ``--flag=value``.
 
-    Understands ``--a.b c``, ``--a.b=c``, ``-`` for ``_``, ``--kernels=NAME`` for ``--kernels.default=NAME``, flags of yes-or-no fields bare,
-    with ``no_`` or with a value, and lists as several values or repeated flags. UsageError for anything else, with the nearest names.
-    about: the command whose ``--help`` lists the flags. positional: names of the fields given without a flag, in order.
+    Understands ``--a.b c``, ``--a.b=c``, ``-`` for ``_``, ``--kernels=NAME`` for ``--kernels.default=NAME``,
+    flags of yes-or-no fields bare, with ``no_`` or with a value, and lists as several values or repeated flags.
+    UsageError for anything else, with the nearest names. about: the command whose ``--help`` lists the flags.
+    positional: names of the fields given without a flag, in order.
     """
     flags = flags_of(kind)
     loose: list[str] = []
@@ -276,13 +282,11 @@ def parse(
 
     verb: as typed after ``tritium``. about: what the help says first. default: an instance to start from.
     """
-    import tyro
-
     arguments = normalise(argv, kind, positional, f"{command()} {verb}")
     options: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(
         kind, prog=f"{command()} {verb}", description=about, args=arguments, use_underscores=True,
-        config=(tyro.conf.PositionalRequiredArgs,), **options,
+        **options,
     )  # fmt: skip
 
 
@@ -374,7 +378,7 @@ def _train(argv: list[str]) -> int:
     except KeyboardInterrupt:
         folder = config.run.out or f"runs/{config.name}"
         raise KeyboardInterrupt(
-            f"stopped at once, without saving; {command()} train {folder} continues from the last checkpoint there, if there is one"
+            f"stopped at once, without saving; {command()} train {folder} goes on from its last checkpoint, if any"
         ) from None
     finally:
         reporter.close()
@@ -409,13 +413,14 @@ def _start(name: str) -> Config:
     folder = pathlib.Path(name)
     if not folder.is_dir():
         raise UsageError(
-            f"{name!r} is neither a preset nor the folder of a run; the nearest presets are {_nearest(name, presets.names())}. "
-            f"All: {command()} train --help"
+            f"{name!r} is neither a preset nor the folder of a run; the nearest presets are "
+            f"{_nearest(name, presets.names())}. All: {command()} train --help"
         )
     stored = folder / "config.json"
     if not stored.is_file():
         raise ConfigError(
-            f"{folder} holds no config.json, so it is not the folder of a run; name one, or a preset: {', '.join(presets.names())}"
+            f"{folder} holds no config.json, so it is not the folder of a run; name one, or a preset: "
+            f"{', '.join(presets.names())}"
         )
     config = Config.from_json(stored.read_text())
     resume = "auto" if config.run.resume == "never" else config.run.resume
@@ -423,7 +428,7 @@ def _start(name: str) -> Config:
 
 
 def _find_modules_here(choices: typing.Iterable[str]) -> None:
-    """A backend of the user's own, named as a module, may lie in the current folder, which a console script does not look into."""
+    """A backend of the user's own, named as a module, may lie here, where a console script does not look."""
     for choice in choices:
         package = choice.partition(".")[0]
         here = pathlib.Path.cwd()
@@ -438,16 +443,16 @@ def _find_modules_here(choices: typing.Iterable[str]) -> None:
 class PrepareOptions:
     """Flags of ``tritium prepare``."""
 
-    sources: tuple[str, ...]
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
     """Files, folders, globs (text, JSONL, .gz, .zst), or `demo` for the built-in corpus."""
     out: str = ""
     """Folder that gets the shards; empty: the one that `train` looks into for these sources and this tokenizer."""
     tokenizer: str = "gpt2"
-    """gpt2, bytes, bpe:SIZE (trained on the sources), a path to a tokenizer.json, or a prepared folder to take it from."""
+    """gpt2, bytes, bpe:SIZE (trained on the sources), a path to a tokenizer.json, or a prepared folder."""
     field: str = "text"
     """Which JSONL field holds the text."""
     separator: str = ""
-    """What separates documents in text files (write \\n for a line break); empty: each file is cut into pieces at paragraphs."""
+    """What separates documents in text files (write \\n for a line break); empty: a file is cut at paragraphs."""
     val_fraction: float = 0.02
     """Fraction of documents held out for validation."""
     seed: int = 0
@@ -474,20 +479,19 @@ def _prepare(argv: list[str]) -> int:
         manifest = prepare(
             options.sources, out, tokenizer=options.tokenizer, field=options.field,
             separator=options.separator.replace("\\n", "\n").replace("\\t", "\t") or None,
-            val_fraction=options.val_fraction, workers=None if options.workers < 0 else options.workers, seed=options.seed,
-            progress=progress, overwrite=options.overwrite, say=say,
+            val_fraction=options.val_fraction, workers=None if options.workers < 0 else options.workers,
+            seed=options.seed, progress=progress, overwrite=options.overwrite, say=say,
         )  # fmt: skip
-    print(f"\n{out} is ready ({duration(time.monotonic() - began)} min:s)")
+    print(f"\n{out} is ready, after {time.monotonic() - began:.0f} s")
     identity = manifest.tokenizer
+    shards = sum(len(split.shards) for split in manifest.splits.values())
     print(f"  {'tokenizer':<12}{identity['kind']}, {identity['vocab_size']:,} ids")
     for name, split in manifest.splits.items():
         ratio = f", {split.bytes / split.tokens:.2f} bytes a token" if split.tokens else ""
         print(
             f"  {name:<12}{split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes of text{ratio}"
         )
-    print(
-        f"  {'on disk':<12}{manifest.total_bytes / 1e6:,.1f} MB in {sum(len(s.shards) for s in manifest.splits.values())} shards"
-    )
+    print(f"  {'on disk':<12}{manifest.total_bytes / 1e6:,.1f} MB in {shards} shards")
     print(f"\ntrain on it   {command()} train PRESET --data.folder {out}")
     return 0
 
@@ -535,9 +539,358 @@ def _preparation_bar() -> Iterator[tuple[Callable[[Any], None], Callable[[str], 
         yield draw, lambda text: bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+# --------------------------------------------------------------------------------------------- sample, evaluate, export
+
+
+@dataclass
+class Loaded:
+    """A trained model for inference, kernels bound. data: the folder it was trained on, if known."""
+
+    model: Any
+    tokenizer: Any
+    device: Any
+    data: pathlib.Path | None
+    documents: bool
+    about: str
+
+
+def _load(run: str, device: str, precision: str, kernels: str, phases: Sequence[str]) -> Loaded:
+    """The model of a run folder, a checkpoint folder, or a folder with GPT-2 weights as safetensors."""
+    import torch
+
+    from tritium.engine import checkpoint
+    from tritium.engine.data.tokenizer import load_tokenizer
+    from tritium.engine.precision import resolve, to_compute_dtype
+    from tritium.kernels import op
+    from tritium.kernels.site import Machine
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda needs a GPU that this torch can use, and it sees none; use --device cpu or auto"
+        )
+    place = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+    folder = pathlib.Path(run)
+    if (folder / "model.safetensors").is_file():
+        from tritium.engine import hf
+
+        model = hf.load_gpt2(folder).to(place).eval()
+        tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else "gpt2")
+        loaded = Loaded(model, tokenizer, place, None, False, f"GPT-2 weights of {folder}")
+    else:
+        restored = checkpoint.load_run(folder, place.type, lambda text: print(f"warning: {text}", file=sys.stderr))
+        from tritium.engine.train import data_folder
+
+        config = restored.config
+        about = f"{config.name}, step {restored.step} ({restored.path})"
+        loaded = Loaded(restored.model, restored.tokenizer, place, data_folder(config), config.data.documents, about)
+    dtype = resolve(precision, place)
+    to_compute_dtype(loaded.model, dtype)
+    _find_modules_here([kernels])
+    op.bind(loaded.model, kernels, machine=Machine.here(place), dtype=dtype, phases=phases)
+    return loaded
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Flags of ``tritium evaluate``."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of a run or of one checkpoint, or a folder with GPT-2 weights (model.safetensors)."""
+    data: str = ""
+    """Prepared folder whose validation split is used; empty: the one the run was trained on."""
+    tokens: int = 0
+    """About so many validation tokens, spread over the split; 0: all."""
+    rows: int = 8
+    """Rows (sequences of block_size tokens) at a time."""
+    baselines: bool = True
+    """Also fit the unigram and bigram models of the training split."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: a GPU when there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Compute dtype; auto: bf16 where the device multiplies bf16 matrices in hardware."""
+    kernels: str = "auto"
+    """A backend for every op that has it."""
+
+
+def _evaluate(argv: list[str]) -> int:
+    about = (
+        "Loss, perplexity and bits per byte of a trained model on a validation split, beside unigram and bigram models."
+    )
+    options = parse(EvaluateOptions, argv, "evaluate", about, positional=("run",))
+    if options.rows < 1 or options.tokens < 0:
+        raise UsageError(f"--rows must be at least 1 and --tokens at least 0, not {options.rows} and {options.tokens}")
+    loaded = _load(options.run, options.device, options.precision, options.kernels, ("eval",))
+    data = pathlib.Path(options.data) if options.data else loaded.data
+    if data is None:
+        raise ConfigError(
+            "weights from elsewhere come without data: name a prepared folder with --data (tritium prepare makes one)"
+        )
+    from tritium.engine.evaluate import evaluate
+
+    print(f"evaluating {loaded.about} on {data}", flush=True)
+    network = loaded.model.config
+    result = evaluate(
+        loaded.model, data, loaded.device, tokenizer=loaded.tokenizer.identity, T=network.block_size,
+        batch_rows=options.rows, vocab_size=network.vocab_size, documents=loaded.documents, limit_tokens=options.tokens,
+        baselines=options.baselines,
+    )  # fmt: skip
+    print(f"loss        {result.loss:.4f} nats per token, over {result.tokens:,} tokens")
+    print(f"perplexity  {result.perplexity:.2f}")
+    print(bits_table({**result.baselines, "model": result.bits_per_byte}))
+    return 0
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Flags of ``tritium export``."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of a run or of one checkpoint."""
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """New folder for model.safetensors, config.json and the tokenizer, as transformers reads them."""
+
+
+def _export(argv: list[str]) -> int:
+    about = "Write a GPT-2-shaped model as safetensors that transformers' GPT2LMHeadModel loads."
+    options = parse(ExportOptions, argv, "export", about, positional=("run", "folder"))
+    from tritium.engine import hf
+
+    loaded = _load(options.run, "cpu", "fp32", "auto", ("eval",))
+    folder = pathlib.Path(options.folder)
+    hf.export_gpt2(loaded.model, folder)
+    loaded.tokenizer.save(folder)
+    print(f"exported {loaded.about} to {folder}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+@dataclass(frozen=True)
+class KernelsOptions:
+    """Flags of ``tritium kernels``."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Which device the answers are for; auto: a GPU when there is one. cuda needs no GPU: answers come from facts."""
+    arch: str = ""
+    """GPU architecture, e.g. sm_80, sm_90, sm_100; empty: this machine's, or sm_90 where it has no GPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute dtype; auto: what `train` would choose there."""
+    phase: Literal["train", "eval", "prefill", "decode"] = "train"
+    """Which use of the ops: with gradients, evaluation, or the two halves of generation."""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """Whether the ops are called inside a torch.compile graph; auto: as `train` would."""
+    kernels: str = "auto"
+    """A choice to try out, as for `train`: a backend for every op that has it."""
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """Flags of ``tritium kernels check``."""
+
+    backend: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BACKEND")]
+    """A backend's name, or the module path of your own."""
+    op: tuple[str, ...] = ()
+    """Ops to check; none: every op that has this backend (a module path needs an op)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto: a GPU when there is one."""
+    precision: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16")
+    """Dtypes to check."""
+    compile: bool = False
+    """Check inside torch.compile graphs (slow)."""
+    large: bool = False
+    """Also the large cases, for a GPU."""
+    seed: int = 0
+    """Seed of the inputs."""
+
+
+def _kernels(argv: list[str]) -> int:
+    if argv[:1] == ["check"]:
+        return _check_kernels(argv[1:])
+    preset = argv[0] if argv and not argv[0].startswith("-") else ""
+    if preset and preset not in presets.names():
+        near = _nearest(preset, ["check", *presets.names()])
+        raise UsageError(
+            f"{preset!r} is neither a preset nor `check`; the nearest are {near}. All: {command()} train --help"
+        )
+    about = (
+        "Which backends can compute each op, why not, and which one `auto` picks: for every op, or for a preset's. "
+        f"`{command()} kernels check BACKEND --op OP` holds a backend to the contract."
+    )
+    options = parse(KernelsOptions, argv[1:] if preset else argv, "kernels" + (f" {preset}" if preset else ""), about)
+    _find_modules_here([options.kernels])
+    import torch
+
+    from tritium.engine.train import should_compile
+    from tritium.kernels import op as contract
+    from tritium.kernels.lib import native
+    from tritium.kernels.ops import OPS
+    from tritium.kernels.site import Machine
+
+    here = Machine.here(None if options.device == "auto" or not torch.cuda.is_available() else options.device)
+    device = here.device if options.device == "auto" else options.device
+    present = device == here.device and options.arch in ("", here.arch)
+    machine = here if present else Machine(device, options.arch or "sm_90", "", here.interpreted)
+    if machine.device == "cuda" and not machine.capability:
+        raise UsageError(f"--arch wants a GPU architecture such as sm_90, not {machine.arch!r}")
+    dtype = _dtype(options.precision, machine)
+    config = presets.load(preset or "gpt2_124m")
+    compiled = options.compile == "true"
+    if options.compile == "auto":
+        compiled = should_compile(config, torch.device(device))[0] if present else True
+    named = str(dtype).removeprefix("torch.")
+    about_machine = f"{machine.device} {machine.arch}" + (
+        f" ({machine.name})" if machine.name not in ("", machine.arch) else ""
+    )
+    print(
+        f"machine   {about_machine}"
+        + ("" if present else "; not this machine: answered from facts, packages are this machine's")
+    )
+    print(
+        f"asked     {named}, {options.phase}, {'compiled' if compiled else 'eager'}" + (f", {preset}" if preset else "")
+    )
+    version = machine.version("triton")
+    print(
+        f"triton    {version or 'not installed'}"
+        + (", in its interpreter (TRITON_INTERPRET=1)" if machine.interpreted else "")
+    )
+    print(f"native    {native.missing() or 'loaded: ' + ', '.join(native.isas())}\n")
+
+    holders = _on_meta(config, dtype)
+    sites: dict[str, Any] = {}
+    for path, call in contract.call_sites(holders):
+        facts = {"machine": machine, "phase": options.phase, "compiled": compiled}
+        sites.setdefault(call.op.name, _site(call, path, dtype, facts))
+    if not preset:  # ops that GPT-2 does not call: at the place that their first case stands for
+        from tritium.kernels.contract import site_of
+
+        for name, op in OPS.items():
+            if name not in sites:
+                sites[name] = site_of(op, op.cases.CASES[0], dtype, machine, phase=options.phase, compiled=compiled)
+    print(_backend_table({OPS[name]: sites[name] for name in OPS if name in sites}))
+    if preset or options.kernels != "auto":
+        rows = contract.bind(holders, options.kernels, machine=machine, dtype=dtype, compiled=compiled)
+        chosen = "" if options.kernels == "auto" else f" --kernels {options.kernels}"
+        print(f"\n{command()} train {preset or 'gpt2_124m'}{chosen} would bind:\n{contract.format_table(rows)}")
+    return 0
+
+
+def _backend_table(sites: dict[Any, Any]) -> str:
+    """op, backend, whether it can serve the op's site, and which one auto picks."""
+    from tritium.kernels.op import KernelError, auto
+
+    lines = []
+    for op, site in sites.items():
+        picked, why = auto(op, site)
+        for name, reason in op.why_not(site).items():
+            text = "can" if reason is None else f"no: {reason}"
+            try:
+                unproven = op.load(name).unproven
+            except KernelError:
+                unproven = None  # it cannot even be loaded: why_not has said so
+            text += f"  [unproven: {unproven}]" if unproven else ""
+            text += f"  <- {why}" if name == picked else ""
+            lines.append((op.name, name, text))
+    width = [max(len(line[i]) for line in lines) for i in range(2)]
+    shown, previous = [], ""
+    for op_name, name, text in lines:
+        shown.append(f"{op_name if op_name != previous else '':<{width[0]}}  {name:<{width[1]}}  {text}")
+        previous = op_name
+    return "\n".join(shown)
+
+
+def _site(call: Any, path: str, dtype: Any, facts: dict[str, Any]) -> Any:
+    from tritium.kernels.site import Site
+
+    return Site(op=call.op.name, name=path, dtype=call.dtype or dtype, shape=call.shape, options=call.options, **facts)
+
+
+def _dtype(precision: str, machine: Any) -> Any:
+    """The compute dtype `train` would use on ``machine``, which need not be this one."""
+    import torch
+
+    from tritium.engine.precision import resolve
+
+    if precision == "auto" and machine.device == "cuda":
+        return torch.bfloat16 if machine.capability >= 80 else torch.float32
+    return resolve(precision, torch.device(machine.device))
+
+
+def _on_meta(config: Config, dtype: Any) -> list[Any]:
+    """Model and optimizer of ``config`` without memory, to look at their call sites."""
+    import torch
+
+    from tritium.engine.model import GPT
+    from tritium.engine.optim import AdamW
+    from tritium.engine.precision import to_compute_dtype
+
+    with torch.device("meta"):
+        model = GPT(dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 50257))
+        return [model, AdamW(model, config.optim, to_compute_dtype(model, dtype))]
+
+
+def _check_kernels(argv: list[str]) -> int:
+    about = (
+        "Hold a backend to the contract: values, gradients, strides, determinism, memory, against the fp64 reference."
+    )
+    options = parse(CheckOptions, argv, "kernels check", about, positional=("backend",))
+    _find_modules_here([options.backend])
+    import torch
+
+    from tritium.kernels.contract import check_all, format_reports
+    from tritium.kernels.ops import OPS
+
+    for name in options.op:
+        if name not in OPS:
+            raise UsageError(f"there is no op {name!r}; the nearest are {_nearest(name, OPS)}. All: {', '.join(OPS)}")
+    ops = [OPS[name] for name in options.op] or [op for op in OPS.values() if options.backend in op.backends()]
+    if not ops:
+        known = sorted({name for op in OPS.values() for name in op.backends()})
+        hint = (
+            "a module path needs --op"
+            if "." in options.backend
+            else f"the nearest are {_nearest(options.backend, known)}"
+        )
+        raise UsageError(f"no op has a backend {options.backend!r}; {hint}")
+    dtypes = [{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[p] for p in options.precision]
+    device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    good = True
+    for op in ops:
+        reports = check_all(
+            op, options.backend, dtypes, device, compiled=options.compile, seed=options.seed, large=options.large
+        )
+        print(format_reports(reports))
+        count = {status: sum(r.status == status for r in reports) for status in ("passed", "failed", "refused")}
+        holds = count["failed"] == 0 and count["passed"] > 0
+        verdict = (
+            "holds the contract"
+            if holds
+            else "BREAKS the contract"
+            if count["failed"]
+            else "was not tried: it refuses every case"
+        )
+        numbers = ", ".join(f"{n} {status}" for status, n in count.items())
+        print(f"{op.name}.{options.backend} on {device} {verdict} ({numbers})")
+        good = good and holds
+    return 0 if good else 1
+
+
+# --------------------------------------------------------------------------------------------------------------- bench
+
+
+def _bench(argv: list[str]) -> int:
+    from tritium.benchmarks import throughput
+
+    return throughput.main(argv)
+
+
 VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("train a preset, or continue a run", _train),
     "prepare": ("turn text into token shards", _prepare),
+    "evaluate": ("loss, perplexity and bits per byte of a trained model", _evaluate),
+    "export": ("write a trained model as GPT-2 safetensors for transformers", _export),
+    "kernels": ("which backends can compute each op here, and why not; check one", _kernels),
+    "bench": ("measure tokens/s against other implementations", _bench),
 }
 
 if __name__ == "__main__":

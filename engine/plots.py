@@ -12,8 +12,8 @@ _INK, _TRAIN, _VAL, _LINE = "#222222", "#9db8d9", "#c23b22", "#7a7a7a"
 
 
 def plot_losses(out: pathlib.Path) -> pathlib.Path | None:
-    """Draw ``out``/metrics.jsonl into ``out``/loss.png: training and validation loss over tokens, with the unigram and bigram
-    models' losses where the run measured them. Returns the picture's path, None when nothing was logged yet."""
+    """Draw ``out``/metrics.jsonl into ``out``/loss.png: training and validation loss over tokens, and the unigram and
+    bigram models' losses where the run measured them. Returns the picture's path, None when nothing was logged yet."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
@@ -55,7 +55,7 @@ def plot_losses(out: pathlib.Path) -> pathlib.Path | None:
 
 
 def baseline_levels(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """unigram and bigram losses in nats per token of the last "end" line, through the ratio that its evaluation used."""
+    """unigram and bigram losses in nats per token of the last "end" line, by the ratio that its evaluation used."""
     evals = [line for line in lines if line.get("kind") == "eval" and line.get("bits_per_byte")]
     ends = [line for line in lines if line.get("kind") == "end"]
     if not evals or not ends:

@@ -1,7 +1,4 @@
-"""What a run tells its user. ``train.main`` calls a Reporter while it runs; the CLI's draws a live line, this one prints plain lines.
-
-``closing_report`` is what the user reads when the run is over.
-"""
+"""What a run tells its user: a Reporter while it runs (here plain lines, in the CLI a live one), and the closing report."""
 
 from __future__ import annotations
 
@@ -109,15 +106,15 @@ def closing_report(
 ) -> str:  # fmt: skip
     """What came out, where it lies, and what to do next.
 
-    status: the Outcome's ("done", "interrupted", "behind"). steps: of the run's configuration. command: how this user calls
-    tritium. Files that do not exist are not mentioned.
+    status: the Outcome's ("done", "interrupted", "behind"). steps: of the run's configuration. command: how
+    this user calls tritium. Files that do not exist are not mentioned.
     """
     blocks = []
     if bits_per_byte:
         blocks.append(bits_table(bits_per_byte))
     if status == "behind":
         blocks.append(
-            "This run required the model to beat the bigram model (run.require_bigram) and it did not, so it counts as failed. "
+            "This run required the model to beat the bigram model (run.require_bigram) and it did not, so it failed. "
             "Train longer (--train.steps), on more text, or with another learning rate (--optim.lr)."
         )
     files = [("sample", out / "sample.txt"), ("loss curve", out / "loss.png"), ("metrics", out / "metrics.jsonl")]
