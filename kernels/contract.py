@@ -241,9 +241,11 @@ def _check_function(
     op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: torch.device, compiled: bool | str, seed: int,
     phase: str, variants: Sequence[str], errors: list[Compared],
 ) -> None:  # fmt: skip
-    arguments = op.cases.inputs(case, dtype, device, seed)
-    call = _prepared(backend, _compile(backend.function, compiled))
     train = phase == "train"
+    arguments = op.cases.inputs(case, dtype, device, seed)
+    if not train:
+        arguments = {n: v.detach() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    call = _prepared(backend, _compile(backend.function, compiled))
 
     first = _run(op.reference, arguments, None, train)
     upstream = _upstream(first.outputs, seed)
@@ -257,7 +259,7 @@ def _check_function(
                 f"{variant}: returns {', '.join(got.names())} where the reference returns {', '.join(same.names())}"
             )
         for name, value in got.items():
-            errors.append(_compare(op, variant, name, value, exact[name], same[name], dtype))
+            errors.append(_compare(op, variant, name, value, exact[name], same[name], dtype, exact.scale))
             mask = masks.get(name)
             if mask is not None and bool((value[mask] != 0).any()):
                 raise _Broken(f"{variant} {name}: must be exactly 0 where the op says so (padding, ignored rows)")
@@ -304,6 +306,11 @@ class _Result(dict[str, Tensor]):
     @property
     def outputs(self) -> list[Tensor]:
         return [v for n, v in self.items() if n.startswith("output")]
+
+    @property
+    def scale(self) -> float:
+        """The largest value of any tensor: what a result that is exactly zero by cancellation was made from."""
+        return max((v.abs().max().item() for v in self.values() if v.numel()), default=0.0)
 
     def only(self, other: _Result) -> _Result:
         return _Result({n: v for n, v in self.items() if n in other})
@@ -424,7 +431,10 @@ def _strided(value: Any, kind: int) -> Any:
     return view.detach().requires_grad_(value.requires_grad)
 
 
-def _compare(op: Op, variant: str, name: str, got: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype) -> Compared:
+def _compare(
+    op: Op, variant: str, name: str, got: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype, scale: float
+) -> Compared:
+    """``scale`` replaces the size of a result that is zero throughout, where errors are those of its cancelled terms."""
     if got.shape != exact.shape:
         raise _Broken(f"{variant} {name}: shape {tuple(got.shape)} where the reference has {tuple(exact.shape)}")
     if got.dtype != same.dtype or got.device != same.device:
@@ -436,6 +446,7 @@ def _compare(op: Op, variant: str, name: str, got: Tensor, exact: Tensor, same: 
     floor_dtype = dtype if (op.name, name) in COARSE else got.dtype
     floor_max, floor_rms = FLOORS[floor_dtype]
     u = unit_roundoff(floor_dtype)
+    largest = exact.abs().max().item()
     error, reference_error = (got.double() - exact).abs(), (same.double() - exact).abs()
 
     def rms(t: Tensor) -> float:
@@ -445,9 +456,9 @@ def _compare(op: Op, variant: str, name: str, got: Tensor, exact: Tensor, same: 
         variant,
         name,
         error.max().item(),
-        FACTOR * reference_error.max().item() + floor_max * u * exact.abs().max().item(),
+        FACTOR * reference_error.max().item() + floor_max * u * (largest or scale),
         rms(error),
-        FACTOR * rms(reference_error) + floor_rms * u * rms(exact),
+        FACTOR * rms(reference_error) + floor_rms * u * (rms(exact) or scale),
     )
 
 
@@ -493,7 +504,7 @@ def _check_update(
         for name in op.updates:
             for index, value in enumerate(states["got"][name]):
                 want, near = states["exact"][name][index], states["same"][name][index]
-                errors.append(_compare(op, f"step {step}", f"{name}[{index}]", value, want, near, dtype))
+                errors.append(_compare(op, f"step {step}", f"{name}[{index}]", value, want, near, dtype, 0.0))
 
 
 def _copy(value: Any) -> Any:
