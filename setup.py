@@ -1,8 +1,9 @@
-"""Builds tritium: the folder → package map and the native library, through CMake. Metadata and dependencies: pyproject.toml.
+"""Builds tritium: the folder → package map and the native library, through CMake. Metadata and dependencies:
+pyproject.toml.
 
-torch is not needed to build: the native library has a plain C interface, so one build serves every Python and torch. Where it
-cannot be built the installation succeeds without it, and `_native_missing.txt` beside the kernels keeps the reason for
-`tritium kernels`.
+torch is not needed to build: the native library has a plain C interface, so one build serves every Python and torch.
+Where it cannot be built the installation succeeds without it, and `_native_missing.txt` beside the kernels keeps the
+reason for `tritium kernels`.
 """
 
 import os
@@ -52,6 +53,13 @@ def compiler():
     return next(filter(None, map(shutil.which, named[:1] or ["c++", "g++", "clang++"])), None)
 
 
+def first_error(said):
+    """The first line about an error, with the next one, where CMake puts the sentence."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    at = next((i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.I)), max(len(lines) - 2, 0))
+    return " ".join(lines[at : at + 2])
+
+
 class BuildLibrary(build_ext):
     """Runs CMake for the one native library; on failure leaves the reason in its place."""
 
@@ -73,11 +81,12 @@ class BuildLibrary(build_ext):
         """Build ``out``; returns None, or why it could not be built and what would help."""
         again = "then install tritium again (from a clone: make train, or pip install -e .)"
         if compiler() is None:
-            wanted = f"CXX={os.environ['CXX']} is not a command" if os.environ.get("CXX") else "no C++ compiler was found"
-            return f"{wanted}; install one (Debian: apt install g++), {again}"
+            named = os.environ.get("CXX")
+            wrong = f"CXX={named} is not a command" if named else "no C++ compiler was found"
+            return f"{wrong}; install one (Debian: apt install g++), {again}"
         if cmake() is None:
             minimum = ".".join(map(str, CMAKE_MINIMUM))
-            return f"no cmake {minimum} or later was found; install one (pip install cmake, or apt install cmake), {again}"
+            return f"no cmake {minimum} or later was found; install it (pip or apt install cmake), {again}"
         # a fresh folder each time: a cache would remember the cmake of a build environment that is gone
         work = pathlib.Path(self.build_temp).resolve() / "cmake"
         shutil.rmtree(work, ignore_errors=True)
@@ -87,23 +96,26 @@ class BuildLibrary(build_ext):
         for command in (configure, [cmake(), "--build", ".", "--parallel", str(os.cpu_count() or 1)]):
             done = subprocess.run(command, cwd=work, capture_output=True, text=True, errors="replace", check=False)
             sys.stdout.write(done.stdout)
+            sys.stderr.write(done.stderr)
             if done.returncode != 0:
-                said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-                error = next((line.strip() for line in said if re.search(r"\berror\b", line, re.I)), said[-1] if said else "")
-                sys.stderr.write(done.stderr)
-                return f"building it failed ({error}); read the output of `pip install -v .`, mend the compiler, {again}"
+                return f"building it failed ({first_error(done.stderr + done.stdout)}); mend that, {again}"
         return None if out.exists() else f"cmake ended without an error and without {out.name}; report this"
+
+    def built(self):
+        """What the build left: the library or the reason."""
+        folder = pathlib.Path(self.build_lib, *LIBRARY.split(".")[:-1])
+        return [path for path in (folder / "_native.so", folder / MISSING) if path.exists()]
 
     def copy_extensions_to_source(self):
         """Editable installs: put the library, or the reason, into kernels/ itself."""
-        built, source = pathlib.Path(self.build_lib, *LIBRARY.split(".")[:-1]), ROOT / "kernels"
-        for name in (LIBRARY.rpartition(".")[2] + ".so", MISSING):
-            (source / name).unlink(missing_ok=True)  # unlink first: a running process keeps its mapped copy
-            if (built / name).exists():
-                self.copy_file(str(built / name), str(source / name))
+        source = ROOT / "kernels"
+        for name in ("_native.so", MISSING):
+            (source / name).unlink(missing_ok=True)  # unlink first: a running process keeps the copy it has mapped
+        for path in self.built():
+            self.copy_file(str(path), str(source / path.name))
 
     def get_outputs(self):
-        return [str(pathlib.Path(self.build_lib, *LIBRARY.split(".")[:-1], f"{LIBRARY.rpartition('.')[2]}.so"))]
+        return list(map(str, self.built()))
 
 
 class PlatformWheel(bdist_wheel):

@@ -1,0 +1,109 @@
+"""adamw on the CPU in C++ (adamw.cpp): one pass over all tensors, in one parallel region.
+
+Reads p, m, v, grad and writes p, m, v and the working copy: 28 bytes an element with bf16 gradients and copies. The
+memory bandwidth is the bound.
+"""
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tritium.kernels.autograd import update_op
+from tritium.kernels.lib import native
+from tritium.kernels.site import Site
+
+_step = native.Function("adamw", "li pppppppp pppp dddd pi")
+
+
+def _check(what: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    if len(tensors) != len(params):
+        raise ValueError(f"adamw needs one of {what} for each of the {len(params)} params; there are {len(tensors)}")
+    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        if tensor.dtype not in dtypes or tensor.device.type != "cpu":
+            names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise TypeError(
+                f"adamw native needs {what} in {names} on the CPU; "
+                f"{what}[{i}] is {tensor.dtype} on {tensor.device}; choose reference"
+            )
+        if tensor.shape != param.shape:
+            raise ValueError(
+                f"adamw: {what}[{i}] has shape {tuple(tensor.shape)}, its param {tuple(param.shape)}; they must agree"
+            )
+
+
+def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> array:
+    return array("q", [t.data_ptr() for t in tensors])
+
+
+def _codes(tensors: Sequence[Tensor]) -> array:
+    return array("i", [native.DTYPES[t.dtype] for t in tensors])
+
+
+def _launch(
+    params: list[Tensor],
+    copies: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor,
+    skip: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    for what, masters in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        _check(what, masters, params, (torch.float32,))
+    _check("grads", grads, params, tuple(native.DTYPES))
+    if copies:
+        _check("copies", copies, params, tuple(native.DTYPES))
+    written = (params, copies, exp_avgs, exp_avg_sqs)
+    p, s, m, v = dense = [_dense(tensors) for tensors in written]
+    g = _dense(grads)
+    sizes = array("q", [t.numel() for t in p])
+    first_chunk = array("q", bytes(8 * (len(p) + 1)))  # scratch
+    tables = [sizes, *map(_addresses, (p, s, g, m, v)), _codes(s), _codes(g)]
+    scalars = [t.to("cpu", torch.float32) for t in (lr, step, grad_scale, skip)]
+    _step(
+        *(len(p), bool(copies), *(table.buffer_info()[0] for table in tables)),
+        *(*(t.data_ptr() for t in scalars), beta1, beta2, eps, weight_decay),
+        *(first_chunk.buffer_info()[0], torch.get_num_threads()),
+    )
+    for theirs, ours in zip(written, dense, strict=True):
+        for target, source in zip(theirs, ours, strict=True):
+            if target is not source:  # it was not contiguous
+                target.copy_(source)
+
+
+_adamw = update_op("adamw_native", _launch, mutates=("params", "copies", "exp_avgs", "exp_avg_sqs"))
+
+
+def adamw(
+    params: list[Tensor],
+    copies: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor,
+    skip: Tensor,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """One step in place: params, exp_avgs, exp_avg_sqs fp32; grads and copies (or an empty list) each fp32 or bf16."""
+    _adamw(params, copies, grads, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay)
+
+
+def unsupported(site: Site) -> str | None:
+    return native.unsupported(site)
