@@ -434,7 +434,7 @@ def _strided(value: Any, kind: int) -> Any:
 def _compare(
     op: Op, variant: str, name: str, got: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype, scale: float
 ) -> Compared:
-    """``scale`` replaces the size of a result that is zero throughout, where errors are those of its cancelled terms."""
+    """``scale`` stands in for the size of a result that is zero throughout: errors are those of its cancelled terms."""
     if got.shape != exact.shape:
         raise _Broken(f"{variant} {name}: shape {tuple(got.shape)} where the reference has {tuple(exact.shape)}")
     if got.dtype != same.dtype or got.device != same.device:

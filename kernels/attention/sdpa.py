@@ -1,7 +1,7 @@
 """What the four SDPA backends share: layout, masks, heads, and the sentences of refusal.
 
-``F.scaled_dot_product_attention`` takes (B, H, T, D); the transposes are views. Its ``is_causal`` aligns the mask to the
-top left, ours to the bottom right, so it is used where both agree (Tq = Tk), and is not needed where nothing is hidden
+``F.scaled_dot_product_attention`` takes (B, H, T, D); the transposes are views. Its ``is_causal`` aligns to the
+top left, ours to the bottom right, so it is used where both agree (Tq = Tk), and is not needed where nothing hides
 (Tq = 1). Everything else that hides keys (window, documents, causal with 1 < Tq ≠ Tk) becomes a boolean mask
 (B or 1, 1, Tq, Tk), built here: in a compiled model the layers share one.
 """
@@ -88,7 +88,8 @@ def unsupported(site: Site, kernel: str | None) -> str | None:
             return sentence
     if kernel is None or (kernel == "flash" and site.device == "cpu"):
         return None
-    own = f"torch's {'memory-efficient' if kernel == 'efficient' else 'cuDNN' if kernel == 'cudnn' else 'flash'} attention"
+    names = {"flash": "flash", "efficient": "memory-efficient", "cudnn": "cuDNN"}
+    own = f"torch's {names[kernel]} attention"
     if site.device != "cuda":
         return f"{own} is for GPUs and this site is on {site.device}; choose sdpa or sdpa_flash"
     if site.machine.capability < (50 if kernel == "efficient" else 80):
