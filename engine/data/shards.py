@@ -226,7 +226,7 @@ class Dataset:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a sample index to mean the same tokens: those of the training split, in their order."""
+        """What must be equal for a sample index to mean the same tokens: the training split's, in their order."""
         split = self.manifest.splits["train"]
         joined = "".join(shard.sha256 for shard in split.shards)
         return {"train_tokens": split.tokens, "sha256": hashlib.sha256(joined.encode()).hexdigest()}

@@ -246,7 +246,8 @@ def _saved(folder: Path) -> Tokenizer:
     data = path.read_bytes()
     try:
         identity = json.loads(identity_path.read_bytes())
-        kind, digest, eot, expected = (identity[key] for key in ("kind", "sha256", "eot", "file_sha256"))
+        expected = identity.pop("file_sha256")
+        kind, digest, eot = (identity[key] for key in ("kind", "sha256", "eot"))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{identity_path} is damaged ({error!r}), so the tokenizer cannot be trusted. Prepare the data again."
@@ -257,7 +258,13 @@ def _saved(folder: Path) -> Tokenizer:
             f"{path} has SHA-256 {found}, its identity file says {expected}: it was changed or damaged, and ids may "
             "mean other text. Restore it, or prepare the data again."
         )
-    return Tokenizer(_parse(data, path), kind, digest, eot)
+    tokenizer = Tokenizer(_parse(data, path), kind, digest, eot)
+    if tokenizer.identity != identity:
+        raise DataError(
+            f"{identity_path} says {identity}, the tokenizer beside it is {tokenizer.identity}: one of them was changed or "
+            "damaged. Restore it, or prepare the data again."
+        )
+    return tokenizer
 
 
 def _parse(data: bytes, path: Path) -> tokenizers.Tokenizer:
