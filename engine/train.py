@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritium.engine import checkpoint, metrics, precision, recompute
+from tritium.engine import checkpoint, metrics, precision
 from tritium.engine.config import Config, ConfigError
 from tritium.engine.model import GPT
 from tritium.engine.optim import AdamW
@@ -82,7 +82,7 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
     device = world.device
     torch.manual_seed(config.train.seed)
     with torch.device(device):
-        model = GPT(config.model)
+        model = GPT(config.model, documents=config.data.documents)
     dtype = precision.resolve(config.train.precision, device)
     masters = precision.to_compute_dtype(model, dtype)
     optimizer = AdamW(model, config.optim, masters)
@@ -96,7 +96,10 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
         for name, parameter in model.named_parameters():
             if name in masters:
                 parameter.grad_dtype = torch.float32
-    recompute.apply(model, config.train.recompute, config.train.recompute_keep)
+    if config.train.recompute != "none":
+        from tritium.engine import recompute
+
+        recompute.apply(model, config.train.recompute, config.train.recompute_keep)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     model.train()
 
@@ -200,7 +203,7 @@ def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
     parameters = sum(p.numel() for p in engine.model.parameters())
     reporter.note(
         f"{config.name}: {parameters / 1e6:.1f}M parameters, {str(engine.dtype).removeprefix('torch.')}, {world.device.type} × {world.size}, "
-        f"{'compiled' if compiled else 'eager'}, {config.batch_tokens:,} tokens a step"
+        f"{'compiled' if engine.compiled else 'eager'}, {config.batch_tokens:,} tokens a step"
     )
     reporter.note(op.format_table(engine.table))
 
@@ -211,6 +214,8 @@ def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
     if world.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(config.to_json())
+        (out / "tokenizer").mkdir(exist_ok=True)
+        task.tokenizer.save(out / "tokenizer")  # so that the run can be sampled from without its data
     log = metrics.MetricsFile(out / "metrics.jsonl", step) if world.first else None
     board = _tensorboard(out, step) if world.first and config.run.tensorboard else None
     with contextlib.ExitStack() as stack:
@@ -336,10 +341,7 @@ class Loop:
             "kernels": [dataclasses.asdict(row) for row in self.engine.table],
             "task": self.task.identity,
         }
-        path = checkpoint.save(self.out, state, meta, self.world, self.config.run.keep)
-        if self.world.first:
-            self.task.tokenizer.save(self.out / "tokenizer")
-        return path
+        return checkpoint.save(self.out, state, meta, self.world, self.config.run.keep)
 
     def _save_or_warn(self, step: int, saved: int | None) -> int | None:
         """A save in the middle of a run that fails is no reason to lose the run: say so and try again at the next one."""

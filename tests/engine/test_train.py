@@ -1,0 +1,253 @@
+"""The loop as a whole: what it leaves behind, and that a run which was killed continues as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tritium.engine import checkpoint, train
+from tritium.engine.config import Config, ConfigError, DataConfig, GPTConfig, KernelsConfig, OptimConfig, RunConfig, TrainConfig
+from tritium.engine.data.prepare import prepare
+from tritium.engine.metrics import read_metrics
+from tritium.engine.report import Reporter
+
+RUN = "import sys, pathlib; from tritium.engine import train; from tritium.engine.config import Config; " \
+      "o = train.main(Config.from_json(pathlib.Path(sys.argv[1]).read_text())); sys.exit(o.exit_code)"  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A corpus with something to learn: sentences over a small vocabulary with fixed word order."""
+    words = random.Random(0)
+    nouns, verbs = ["cat", "dog", "bird", "fish", "horse"], ["sees", "likes", "follows", "hears"]
+    text = [
+        " ".join(f"the {words.choice(nouns)} {words.choice(verbs)} the {words.choice(nouns)}." for _ in range(words.randint(1, 9)))
+        for _ in range(600)
+    ]
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text))
+    prepare([folder / "text.jsonl"], folder / "shards", tokenizer="bytes", val_fraction=0.05, say=lambda s: None)
+    return folder / "shards"
+
+
+def config_for(data, out, **changes) -> Config:
+    """A run of seconds; keyword arguments SECTION_FIELD replace fields."""
+    config = Config(
+        name="test",
+        model=GPTConfig(vocab_size=0, block_size=32, n_layer=2, n_head=2, n_embd=32, vocab_multiple=8, dropout=0.1),
+        data=DataConfig(folder=str(data)),
+        train=TrainConfig(steps=12, batch_rows=8, micro_rows=4, compile="false", eval_every=5, eval_tokens=512, sample_tokens=8, log_every=1, device="cpu"),
+        optim=OptimConfig(lr=3e-3, warmup_steps=2),
+        run=RunConfig(out=str(out), save_every=4, tensorboard=False),
+    )  # fmt: skip
+    for key, value in changes.items():
+        section, _, field = key.partition("_")
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+    return config
+
+
+def tensors(out: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Everything the newest checkpoint holds."""
+    found = checkpoint.newest(out, pytest.fail)
+    import torch.distributed.checkpoint as dcp
+
+    stored = dcp.FileSystemReader(found.path).read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    checkpoint.read(found, state)
+    return state | {"step": torch.tensor(found.step)}
+
+
+def assert_identical(a: pathlib.Path, b: pathlib.Path) -> None:
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert different == []
+
+
+def losses(out: pathlib.Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "step"}
+
+
+def start(config: Config, tmp_path: pathlib.Path, command=(sys.executable, "-c", RUN)) -> subprocess.Popen:
+    path = tmp_path / f"{random.random()}.json"
+    path.write_text(config.to_json())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for_step(out: pathlib.Path, step: int, process: subprocess.Popen) -> None:
+    path, end = out / "metrics.jsonl", time.time() + 120
+    while time.time() < end:
+        if path.exists() and any(line["step"] >= step for line in read_metrics(path)):
+            return
+        if process.poll() is not None:
+            pytest.fail(f"ended before step {step}: {process.communicate()[0]}")
+        time.sleep(0.005)
+    pytest.fail(f"no step {step} within 120 s")
+
+
+def test_a_run_learns_and_leaves_everything_behind(data, tmp_path):
+    out = tmp_path / "run"
+    config = config_for(data, out, train_steps=60, run_require_bigram=True, run_tensorboard=True, model_dropout=0.0, optim_lr=1e-2)
+    outcome = train.main(config, Reporter(quiet=True))
+    curve = losses(out)
+    assert curve[60] < 0.6 * curve[1]
+    assert set(outcome.bits_per_byte) == {"model", "unigram", "bigram"}
+    assert outcome.bits_per_byte["model"] < outcome.bits_per_byte["unigram"]
+    for name in ("loss.png", "metrics.jsonl", "sample.txt", "config.json", "tokenizer/tokenizer.json", "tensorboard"):
+        assert (out / name).exists(), name
+    assert outcome.checkpoint is not None and checkpoint.verify(outcome.checkpoint).step == 60
+    restored = checkpoint.load_run(out)
+    assert restored.step == 60 and restored.tokenizer.decode(restored.tokenizer.encode("the cat")) == "the cat"
+    meta = checkpoint.verify(outcome.checkpoint).meta
+    assert meta["position"] == 480 and meta["kernels"] and meta["versions"]["torch"] == torch.__version__
+
+
+def test_behind_the_bigram_is_exit_code_1(data, tmp_path):
+    outcome = train.main(config_for(data, tmp_path, train_steps=1, run_require_bigram=True), Reporter(quiet=True))
+    assert outcome.status == "behind" and outcome.exit_code == 1
+
+
+def test_killed_at_a_random_step_it_continues_bit_for_bit(data, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    config = config_for(data, whole, train_steps=40, run_save_every=3)
+    finish(start(config, tmp_path))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(killed)))
+    for step in sorted(random.sample(range(4, 36), 2)):
+        process = start(config, tmp_path)
+        wait_for_step(killed, step, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    text = finish(start(config, tmp_path))
+    assert "resumed from" in text
+    assert_identical(whole, killed)
+    assert losses(whole) == losses(killed)
+
+
+def test_compiled_training_resumes_bit_for_bit_too(data, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    config = config_for(data, whole, train_steps=6, train_compile="true", run_save_every=3, train_eval_every=0, run_keep=5)
+    finish(start(config, tmp_path))
+    finish(start(dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(parts))), tmp_path))
+    assert_identical(whole, parts)  # repeatable at all
+    for path in checkpoint.candidates(parts):
+        if path.name != "step_00000003":
+            import shutil
+
+            shutil.rmtree(path)
+    finish(start(dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(parts))), tmp_path))
+    assert_identical(whole, parts)
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(data, tmp_path):
+    out = tmp_path / "run"
+    config = config_for(data, out, train_steps=100_000, run_save_every=0, train_eval_every=0)
+    process = start(config, tmp_path)
+    wait_for_step(out, 3, process)
+    process.send_signal(signal.SIGINT)
+    finish(process, code=130)
+    step = checkpoint.newest(out, pytest.fail).step
+    assert step >= 3
+    text = finish(start(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=step + 2)), tmp_path))
+    assert f"at step {step}" in text
+    assert checkpoint.newest(out, pytest.fail).step == step + 2
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_two_processes_learn_what_one_does(data, tmp_path, precision, bound):
+    runs = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        config = config_for(data, out, train_steps=8, model_dropout=0.0, train_precision=precision, train_eval_every=0)
+        module = tmp_path / "run_config.py"
+        module.write_text(RUN)
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(module))
+        finish(start(config, tmp_path, torchrun))
+        runs[processes] = losses(out)
+    assert runs[1].keys() == runs[2].keys() and len(runs[1]) == 8
+    for step, loss in runs[1].items():
+        assert abs(runs[2][step] - loss) <= bound * abs(loss), (step, loss, runs[2][step])
+
+
+def test_the_split_into_micro_batches_does_not_matter(data, tmp_path):
+    curves = []
+    for rows in (8, 4, 2):
+        out = tmp_path / str(rows)
+        train.main(config_for(data, out, train_steps=5, train_micro_rows=rows, model_dropout=0.0, train_eval_every=0), Reporter(quiet=True))
+        curves.append(losses(out))
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(data, tmp_path):
+    config = config_for(data, tmp_path, train_steps=8)
+    train.main(config, Reporter(quiet=True))
+    reference = losses(tmp_path)
+    newest = checkpoint.candidates(tmp_path)[0]
+    assert newest.name == "step_00000008"
+    file = next(newest.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    said = []
+
+    class Listening(Reporter):
+        def note(self, text):
+            said.append(text)
+
+    outcome = train.main(config, Listening())
+    assert any("damaged" in s and "step_00000008" in s for s in said)
+    assert any("resumed from" in s and "step_00000004" in s for s in said)
+    assert outcome.step == 8 and losses(tmp_path) == reference
+
+
+def test_another_model_cannot_continue_and_nothing_is_lost(data, tmp_path):
+    train.main(config_for(data, tmp_path, train_steps=2), Reporter(quiet=True))
+    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    with pytest.raises(ConfigError, match=r"model.n_layer: 2 → 3"):
+        train.main(config_for(data, tmp_path, train_steps=4, model_n_layer=3), Reporter(quiet=True))
+    with pytest.raises(ConfigError, match="run.resume=never"):
+        train.main(config_for(data, tmp_path, run_resume="never"), Reporter(quiet=True))
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
+    with pytest.raises(ConfigError, match="run.resume=must"):
+        train.main(config_for(data, tmp_path / "none", run_resume="must"), Reporter(quiet=True))
+
+
+def test_other_data_cannot_continue(data, tmp_path):
+    train.main(config_for(data, tmp_path / "run", train_steps=2), Reporter(quiet=True))
+    (tmp_path / "other.txt").write_text("another corpus, with other words. " * 200)
+    (tmp_path / "more.txt").write_text("one more document for the validation split. " * 50)
+    prepare([tmp_path / "other.txt", tmp_path / "more.txt"], tmp_path / "other", tokenizer="bytes", val_fraction=0.5, say=lambda s: None)
+    with pytest.raises(ConfigError, match="other data"):
+        train.main(config_for(tmp_path / "other", tmp_path / "run", train_steps=4), Reporter(quiet=True))
+
+
+def test_a_vocabulary_too_small_for_the_data_is_refused(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"model.vocab_size=100 is smaller .* 257"):
+        train.main(config_for(data, tmp_path, model_vocab_size=100), Reporter(quiet=True))
+
+
+def test_kernel_choices_reach_the_call_sites_and_the_checkpoint(data, tmp_path):
+    config = dataclasses.replace(
+        config_for(data, tmp_path, train_steps=1), kernels=KernelsConfig(attention="sdpa", override=("blocks.1.*:attention=reference",))
+    )
+    train.main(config, Reporter(quiet=True))
+    rows = checkpoint.newest(tmp_path, pytest.fail).meta["kernels"]
+    chosen = {row["site"]: row["backend"] for row in rows if row["op"] == "attention" and row["phase"] == "train"}
+    assert sorted(chosen.values()) == ["reference", "sdpa"]
+    assert next(b for s, b in chosen.items() if "blocks.1" in s) == "reference"
