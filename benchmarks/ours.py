@@ -12,10 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritium.benchmarks import peers
 from tritium.engine import train
 from tritium.engine.config import Config
 from tritium.engine.parallel import World
 from tritium.engine.step import MicroBatch, train_step
+
+PARTS = {
+    "ln_1": "norm1",
+    "ln_2": "norm2",
+    "attn.c_attn": "attention.qkv",
+    "attn.c_proj": "attention.proj",
+    "mlp.c_fc": "mlp.up",
+    "mlp.c_proj": "mlp.down",
+}
 
 
 class Training:
@@ -36,9 +46,11 @@ class Training:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take weights in the peers' common naming and start the optimizer anew; every parameter must be given."""
-        from tritium.engine import hf
-
-        hf.load_weights(self.engine, weights)
+        optimizer = self.engine.optimizer
+        peers.assign(optimizer.master_weights(), peers.rename(weights, PARTS))
+        optimizer.refresh_copies()
+        for state in optimizer.state_dict().values():
+            state.zero_()
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean loss without a gradient, () fp32."""

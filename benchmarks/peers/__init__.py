@@ -97,16 +97,7 @@ class Training:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take weights in the common naming and start the optimizer anew; every parameter must be given."""
-        state = self.rename(weights)
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                rows = state[name].shape[0]
-                if parameter.shape[1:] != state[name].shape[1:] or rows > parameter.shape[0]:
-                    raise ValueError(
-                        f"{name} has the shape {tuple(parameter.shape)}, the weights {tuple(state[name].shape)}"
-                    )
-                parameter[:rows].copy_(state[name])
-                parameter[rows:].zero_()  # the padding of a token table
+        assign(dict(self.module.named_parameters()), self.rename(weights))
         self.optimizer = self._optimizer()
 
     def _mean_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -169,6 +160,36 @@ def initial_weights(model: GPTConfig, seed: int = 0) -> dict[str, Tensor]:
             weights[f"{h}{name}.bias"] = normal(shape[1])
     weights["ln_f.weight"], weights["ln_f.bias"] = normal(C, mean=1.0), normal(C)
     return weights
+
+
+def rename(weights: Mapping[str, Tensor], parts: Mapping[str, str]) -> dict[str, Tensor]:
+    """The common naming → blocks.LAYER.PART and norm, matrices turned to (out, in); parts: the common name of a part
+    → PART.
+    """
+    renamed = {}
+    for name, value in weights.items():
+        stem, _, kind = name.rpartition(".")
+        if stem.startswith("h."):
+            _, layer, part = stem.split(".", 2)
+            stem = f"blocks.{layer}.{parts[part]}"
+            value = value.t() if value.ndim == 2 else value
+        renamed[f"{'norm' if stem == 'ln_f' else stem}.{kind}"] = value
+    return renamed
+
+
+@torch.no_grad()
+def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy every value into its parameter; surplus rows (the padding of a token table) become 0. ValueError on any
+    mismatch.
+    """
+    if parameters.keys() != values.keys():
+        raise ValueError(f"parameters and weights differ in {', '.join(sorted(parameters.keys() ^ values.keys()))}")
+    for name, parameter in parameters.items():
+        rows = values[name].shape[0]
+        if parameter.shape[1:] != values[name].shape[1:] or rows > parameter.shape[0]:
+            raise ValueError(f"{name} has the shape {tuple(parameter.shape)}, the weights {tuple(values[name].shape)}")
+        parameter[:rows].copy_(values[name])
+        parameter[rows:].zero_()
 
 
 def batches(model: GPTConfig, B: int, T: int, count: int, device: str, seed: int = 0) -> list[tuple[Tensor, Tensor]]:

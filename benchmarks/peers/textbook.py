@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritium.benchmarks import peers
 from tritium.benchmarks.peers import Training, Variant, fast_bf16
 from tritium.engine.config import GPTConfig, OptimConfig
 
@@ -51,7 +53,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.float() if self.upcast else logits, targets.flatten()).float()
 
 
-_PARTS = {
+PARTS = {
     "ln_1": "norm1",
     "ln_2": "norm2",
     "attn.c_attn": "qkv",
@@ -59,19 +61,6 @@ _PARTS = {
     "mlp.c_fc": "up",
     "mlp.c_proj": "down",
 }
-
-
-def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The common naming → this module's: other names, and matrices as (out, in)."""
-    renamed = {}
-    for name, value in weights.items():
-        stem, _, kind = name.rpartition(".")
-        if stem.startswith("h."):
-            _, layer, part = stem.split(".", 2)
-            stem = f"blocks.{layer}.{_PARTS[part]}"
-            value = value.t() if value.ndim == 2 else value
-        renamed[f"{'norm' if stem == 'ln_f' else stem}.{kind}"] = value
-    return renamed
 
 
 def why_not() -> str | None:
@@ -112,4 +101,4 @@ def build(
     for parameter in module.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=model.init_std)
-    return Training(module, module, rename, variant, device, optim, attention)
+    return Training(module, module, partial(peers.rename, parts=PARTS), variant, device, optim, attention)

@@ -1,0 +1,293 @@
+"""Speed of the ops: op × backend × case, interleaved, for backends that are right.
+
+    python -P -m tritium.benchmarks.kernels [OP ...] [--backends a,b] [--cases PATTERN] [--dtypes fp32,bf16] [--device
+    cuda] [--compiled]
+
+Before a backend is timed it is held to the contract (tritium.kernels.contract) on the op's small cases, in the dtype
+and on the device of the timing. One that is red gets no figure, and the exit status is 1. Rates are those of an ideal
+kernel's work (cases.py: bytes and flops that must be moved and done once) in the time that this backend took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import itertools
+import math
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tritium.benchmarks import record, timing
+from tritium.kernels import contract
+from tritium.kernels.case import Case
+from tritium.kernels.op import Backend, KernelError, Op
+from tritium.kernels.ops import OPS
+from tritium.kernels.site import Machine
+
+if TYPE_CHECKING:
+    from tritium.benchmarks.gpu_baseline import Bench
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CPU_GFLOP = 2.0  # on a CPU, larger cases are left out unless named
+ROW: record.Schema = {
+    "op": str, "backend": str, "case": str, "dtype": str, "compiled": bool,
+    "what": str,  # "forward", "forward+backward" or, of an update op, "update"
+    "p20_ms": record.NUMBER, "p50_ms": record.NUMBER, "p80_ms": record.NUMBER, "noise": record.NUMBER,
+    "gb_per_s": record.NUMBER, "tflop_per_s": record.NUMBER,
+    "over_reference": (dict, type(None)),  # interval of the speed ratio to the eager reference; null for that itself
+}  # fmt: skip
+SCHEMA: record.Schema = {
+    "clock": str,
+    "rounds": int,
+    "rows": [ROW],
+    "refused": [{"op": str, "backend": str, "why": str}],
+    "red": [str],
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One timed call: see ROW."""
+
+    op: str
+    backend: str
+    case: str
+    dtype: str
+    compiled: bool
+    what: str
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    noise: float
+    gb_per_s: float
+    tflop_per_s: float
+    over_reference: dict[str, float] | None
+
+    def __str__(self) -> str:
+        label = f"{self.op}.{self.backend}{' compiled' if self.compiled else ''}"
+        ratio = ""
+        if self.over_reference is not None:
+            ratio = "{median:.2f} × reference [{low:.2f}, {high:.2f}]".format(**self.over_reference)
+        return (
+            f"{label:<34} {self.case:<24} {self.dtype:<5} {self.what:<17} {self.p50_ms:>9.4f} ms "
+            f"[{self.p20_ms:.4f}, {self.p80_ms:.4f}] {self.gb_per_s:>8.1f} GB/s {self.tflop_per_s:>7.2f} TFLOP/s {ratio}"
+        )
+
+
+class Gate:
+    """Which backends may be timed: each is held to the contract once per dtype and mode, on the op's small cases."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.red: list[str] = []
+        self._passed: dict[tuple[str, str, torch.dtype, bool], bool] = {}
+
+    def admits(self, op: Op, backend: Backend, dtype: torch.dtype, compiled: bool = False) -> bool:
+        """False when a check failed (its text is in ``red``) or when not one could be made."""
+        key = (op.name, backend.name, dtype, compiled)
+        if key not in self._passed:
+            small = [case for case in op.cases.CASES if not case.large]
+            if compiled:  # the compiler sees one function; a few cases of it are enough, each costs seconds
+                small = [case for case in small if math.prod(case.shape.values()) > 0][:2]
+            reports = [contract.check(op, backend, case, dtype, self.device, compiled=compiled) for case in small]
+            failed = [str(report) for report in reports if report.status == "failed"]
+            if not failed and not any(report.ok for report in reports):
+                failed = [f"{op.name}.{backend.name} {dtype}: no case could be run, so nothing shows that it is right"]
+            self.red += failed
+            self._passed[key] = not failed
+        return self._passed[key]
+
+
+def call_of(
+    op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str, seed: int, compiled: bool, backward: bool
+) -> Callable[[], object]:
+    """One call on inputs of its own, with the backward pass if asked for; ``prepare`` runs outside, as once per
+    micro-batch.
+    """
+    arguments: dict[str, Any] = dict(op.cases.inputs(case, dtype, device, seed))
+    if backend.prepare is not None and isinstance(arguments.get("seq_start"), Tensor):
+        arguments["seq_start"] = backend.prepare(arguments["seq_start"])
+    function = torch.compile(backend.function, fullgraph=True, dynamic=False) if compiled else backend.function
+    if not backward:
+        return lambda: function(**arguments)
+    leaves = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
+    with torch.no_grad():
+        outputs = _tuple(function(**arguments))
+    upstream = [torch.randn_like(output) for output in outputs]
+
+    def run() -> object:
+        return torch.autograd.grad(_tuple(function(**arguments)), leaves, upstream)
+
+    return run
+
+
+def _tuple(value: Any) -> tuple[Tensor, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def work(op: Op, case: Case, dtype: torch.dtype, what: str) -> tuple[int, int]:
+    """(FLOPs, bytes) of an ideal kernel: forward or update, or with the backward added."""
+    flops, moved = op.cases.flops(case), op.cases.bytes(case, dtype)
+    if what == "forward+backward":
+        flops, moved = flops + op.cases.flops_backward(case), moved + op.cases.bytes_backward(case, dtype)
+    return flops, moved
+
+
+@dataclass
+class Request:
+    """What to time. backends: empty for all. pattern: of case names; empty for the large ones (on a CPU, those it can
+    bear).
+    """
+
+    ops: Sequence[Op]
+    device: str
+    dtypes: Sequence[torch.dtype]
+    backends: Sequence[str] = ()
+    pattern: str = ""
+    compiled: bool = False
+    rounds: int = 10
+    inner: int = 3
+
+
+def bench_case(
+    op: Op,
+    backends: Sequence[tuple[Backend, bool]],
+    case: Case,
+    dtype: torch.dtype,
+    request: Request,
+    clock: timing.Clock,
+) -> Iterator[Measured]:
+    """Time the given (backend, compiled) on one case, interleaved; a round is twice ``inner`` calls of each."""
+    whats = ("update",) if op.updates else ("forward", "forward+backward")
+    for what in whats:
+        arms: dict[str, timing.Arm] = {}
+        named: dict[str, tuple[Backend, bool]] = {}
+        for backend, compiled in backends:
+            backward = what == "forward+backward"
+            sets = [call_of(op, backend, case, dtype, request.device, seed, compiled, backward) for seed in (0, 1)]
+            turn = itertools.cycle(sets)
+            key = f"{backend.name}{' compiled' if compiled else ''}"
+            arms[key] = timing.timed(lambda turn=turn: next(turn)(), clock, request.inner)
+            named[key] = (backend, compiled)
+        with torch.enable_grad() if what != "update" else contextlib.nullcontext():
+            for arm in arms.values():
+                timing.warm_up(arm, limit_s=20.0)
+            samples = timing.interleave(arms, request.rounds)
+        flops, moved = work(op, case, dtype, what)
+        for key, taken in samples.items():
+            backend, compiled = named[key]
+            ratio = (
+                None
+                if key == "reference" or "reference" not in samples
+                else timing.speedup(taken, samples["reference"]).to_json()
+            )
+            low, ms, high = (taken.quantile_ms(q) for q in (0.2, 0.5, 0.8))
+            short = str(dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")
+            yield Measured(
+                op.name, backend.name, case.name, short, compiled, what, low, ms, high, timing.noise(taken),
+                moved / ms / 1e6, flops / ms / 1e9, ratio,
+            )  # fmt: skip
+
+
+def bench_ops(request: Request, gate: Gate, clock: timing.Clock, refused: list[dict[str, str]]) -> Iterator[Measured]:
+    """Time every wanted backend of every wanted op on its large cases (or those named by ``pattern``).
+
+    The eager reference is always among them. Backends that cannot serve a case are added to ``refused``; red ones to
+    ``gate.red``.
+    """
+    device, machine = request.device, Machine.here(request.device)
+    for op, dtype in itertools.product(request.ops, request.dtypes):
+        for case in op.cases.CASES:
+            if not (fnmatch.fnmatch(case.name, request.pattern) if request.pattern else case.large):
+                continue
+            if not request.pattern and device == "cpu" and op.cases.flops(case) > CPU_GFLOP * 1e9:
+                continue
+            chosen: list[tuple[Backend, bool]] = []
+            for name in op.backends():
+                if request.backends and name not in request.backends and name != "reference":
+                    continue
+                try:
+                    backend = op.load(name)
+                    why = backend.unsupported(contract.site_of(op, case, dtype, machine))
+                except KernelError as error:
+                    why = str(error)
+                if why is not None:
+                    row = {"op": op.name, "backend": name, "why": why}
+                    refused += [row] if row not in refused else []
+                    continue
+                modes = (False, True) if request.compiled and not op.updates else (False,)
+                chosen += [(backend, mode) for mode in modes if gate.admits(op, backend, dtype, mode)]
+            yield from bench_case(op, chosen, case, dtype, request, clock)
+
+
+def on_device(bench: Bench) -> None:
+    """The stage ``kernels`` of ``make gpu``: every op at the shapes that matter, in bf16."""
+    gate, refused = Gate(bench.device), []
+    wanted = [OPS["layer_norm"]] if bench.tiny else list(OPS.values())
+    request = Request(wanted, bench.device, (torch.bfloat16,))
+    if bench.tiny:
+        request = Request(wanted, bench.device, (torch.float32,), pattern="odd", rounds=2, inner=1)
+    for row in bench_ops(request, gate, bench.cold, refused):
+        more = {key: value for key, value in asdict(row).items() if key not in ("op", "backend", "case", "what")}
+        name = f"{row.op}.{row.backend} {row.case} {row.what}"
+        bench.lines.write(name, row.gb_per_s, "GB/s", **more)
+    for item in refused:
+        bench.lines.write(f"{item['op']}.{item['backend']}", item["why"][:300], "refused")
+    if gate.red:
+        raise SystemExit("red, hence not timed: " + "; ".join(gate.red))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Time ops; 0, or 1 when a backend was red, or 2 for a wrong command line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="tritium.benchmarks.kernels", description="Speed of the ops, backend by backend."
+    )
+    parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
+    parser.add_argument("--backends", default="", help="comma-separated; the reference is always timed (default: all)")
+    parser.add_argument(
+        "--cases", default="", metavar="PATTERN", help="case names, e.g. 'gpt2_*' (default: the large ones)"
+    )
+    parser.add_argument("--dtypes", default="", help="fp32, bf16 (default: fp32 on a CPU, bf16 on a GPU)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--compiled", action="store_true", help="also inside torch.compile")
+    parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds (default: 10)")
+    parser.add_argument("--out", type=pathlib.Path, help="write the record to this file")
+    a = parser.parse_args(argv)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if a.device == "auto" else a.device
+    names = a.dtypes.split(",") if a.dtypes else ["bf16" if device == "cuda" else "fp32"]
+    for given, known, noun in ((a.ops, OPS, "op"), (names, DTYPES, "dtype")):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            parser.error(f"there is no {noun} {', '.join(unknown)}; {noun}s: {', '.join(known)}")
+    gate, refused = Gate(device), []
+    clock = timing.clock_for(device, scrub_bytes=256 << 20)
+    result = record.begin("kernels", shlex.join(["python", "-P", "-m", "tritium.benchmarks.kernels", *argv]), device)
+    rows = []
+    request = Request(
+        [OPS[name] for name in a.ops or OPS], device, [DTYPES[name] for name in names],
+        [name for name in a.backends.split(",") if name], a.cases, a.compiled, a.rounds,
+    )  # fmt: skip
+    for row in bench_ops(request, gate, clock, refused):
+        print(row, flush=True)
+        rows.append(asdict(row))
+    for item in refused:
+        print(f"refused {item['op']}.{item['backend']}: {item['why']}")
+    for text in gate.red:
+        print(f"RED, hence no speed: {text}", file=sys.stderr)
+    if a.out is not None:
+        result |= {"clock": clock.name, "rounds": a.rounds, "rows": rows, "refused": refused, "red": gate.red}
+        record.write(result, SCHEMA, a.out)
+    return int(bool(gate.red))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
