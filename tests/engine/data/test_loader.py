@@ -1,6 +1,8 @@
-"""Order, shape and ends of batches: a pure function of (seed, sample index), the same for every way of spreading the work."""
+"""Order, shape and ends of batches: a pure function of (seed, sample index), the same for every way of spreading the
+work."""
 
 import collections
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -84,7 +86,7 @@ def test_an_epoch_is_a_set_of_disjoint_rows_inside_the_data(tokens, T, seed, shu
     starts = sorted(windows.start(i) for i in range(first, first + windows.per_epoch))
     assert starts[0] >= 0
     assert starts[-1] + T + 1 <= tokens
-    assert all(b - a == T for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a == T for a, b in itertools.pairwise(starts))
     assert windows.per_epoch >= max(1, (tokens - 1) // T - 1)
 
 

@@ -56,7 +56,7 @@ def test_fetched_once_and_verified_always(offline, monkeypatch):
 def test_another_file_under_the_same_name_is_refused(offline):
     package = make_wheel(offline / "wheels")
     make_wheel(offline / "wheels", "other data")
-    with pytest.raises(DataError, match="could not fetch tiny-corpus==1.0") as caught:
+    with pytest.raises(DataError, match=r"could not fetch tiny-corpus==1\.0") as caught:
         fetch(package)
     assert package.sha256 in str(caught.value)
     assert not (offline / "cache" / package.filename).exists()

@@ -1,4 +1,5 @@
-"""Preparation: the same bytes for every number of workers and after every kind of interruption; nothing good is ever lost."""
+"""Preparation: the same bytes for every number of workers and after every kind of interruption; nothing good is ever
+lost."""
 
 import errno
 import hashlib
@@ -443,7 +444,8 @@ from tritium.engine.data import prepare as module
 module.BATCH_BYTES = 2000
 if __name__ == "__main__":
     try:
-        module.prepare(sys.argv[1], sys.argv[2], sys.argv[3], val_fraction=0.1, shard_tokens=20_000, workers=int(sys.argv[4]))
+        options = {"val_fraction": 0.1, "shard_tokens": 20_000, "workers": int(sys.argv[4])}
+        module.prepare(sys.argv[1], sys.argv[2], sys.argv[3], **options)
     except KeyboardInterrupt as error:
         sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -533,7 +535,6 @@ def test_interrupts_in_the_process_itself(source, tmp_path, monkeypatch):
 
 
 def test_a_worker_that_dies(slow, tmp_path):
-    script, source, tokenizer = slow
     out = tmp_path / "out"
     process = start(slow, out, 2)
     wait_for_shards(process, out, 1)
@@ -609,7 +610,8 @@ MEASURE = """
 import resource, sys
 from tritium.engine.data import prepare as module
 if __name__ == "__main__":
-    module.prepare(sys.argv[1], sys.argv[2], sys.argv[3], shard_tokens=1 << 20, workers=int(sys.argv[4]), say=lambda _: None)
+    options = {"shard_tokens": 1 << 20, "workers": int(sys.argv[4]), "say": lambda _: None}
+    module.prepare(sys.argv[1], sys.argv[2], sys.argv[3], **options)
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
         print(resource.getrusage(who).ru_maxrss // 1024)
 """
@@ -662,6 +664,6 @@ def test_imports_are_light():
 
 
 def test_pieces_are_the_documented_constants():
-    """Part of what makes a preparation reproducible: changing one changes shards, so it is among the arguments compared."""
+    """Changing one changes the shards of the same arguments, so both are among the arguments that are compared."""
     assert corpus.PIECE_BYTES == 65536
     assert module.BPE_SAMPLE_BYTES == 64 * 2**20

@@ -61,7 +61,7 @@ def test_documents_are_encodings_with_ends():
     for tokenizer in (BPE, BYTES):
         tokens, lengths = tokenizer.encode_documents([*TEXTS[:5], "", "x"])
         expected = [[*ids, tokenizer.eot] for ids in tokenizer.encode_batch([*TEXTS[:5], "", "x"])]
-        assert tokens.tolist() == sum(expected, [])
+        assert tokens.tolist() == [i for ids in expected for i in ids]
         assert lengths.tolist() == [len(ids) for ids in expected]
         assert expected[0] == [*tokenizer.encode(TEXTS[0]), tokenizer.eot]
         assert tokens.dtype == tokenizer.dtype
