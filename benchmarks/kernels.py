@@ -76,10 +76,9 @@ class Measured:
         ratio = ""
         if self.over_reference is not None:
             ratio = "{median:.2f} × reference [{low:.2f}, {high:.2f}]".format(**self.over_reference)
-        return (
-            f"{label:<34} {self.case:<24} {self.dtype:<5} {self.what:<17} {self.p50_ms:>9.4f} ms "
-            f"[{self.p20_ms:.4f}, {self.p80_ms:.4f}] {self.gb_per_s:>8.1f} GB/s {self.tflop_per_s:>7.2f} TFLOP/s {ratio}"
-        )
+        spread = f"{self.p50_ms:>9.4f} ms [{self.p20_ms:.4f}, {self.p80_ms:.4f}]"
+        rates = f"{self.gb_per_s:>8.1f} GB/s {self.tflop_per_s:>7.2f} TFLOP/s"
+        return f"{label:<34} {self.case:<24} {self.dtype:<5} {self.what:<17} {spread} {rates}  {ratio}"
 
 
 class Gate:
