@@ -95,8 +95,8 @@ def stream(
 
     The model is in eval mode until the iterator is exhausted or closed, then as it was.
     ids: B prompts, lists of their own lengths or a tensor (B, T). temperature: 0 takes the likeliest token. top_k: draw
-    from the k likeliest only (0: all). top_p: from the fewest likeliest whose probability reaches p. seed: of row 0, row r
-    uses seed + r; or one per row. cache=False computes every step anew: the same tokens, slowly.
+    from the k likeliest only (0: all). top_p: from the fewest likeliest whose probability reaches p. seed: row r uses
+    seed + r; or one seed per row. cache=False computes every step anew: the same tokens, slowly.
     Raises GenerateError at once for arguments that make no sense.
     """
     prompts = [list(map(int, row)) for row in (ids.tolist() if isinstance(ids, Tensor) else ids)]

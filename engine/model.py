@@ -10,7 +10,7 @@ every one its kernel (until then: the reference). The default configuration is G
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -184,9 +184,13 @@ class Head(nn.Module):
         return c * torch.tanh(z / c) if c > 0.0 else z
 
     def loss(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """x (N, C), weight (Vp, C), targets (N,) → () fp32: the sum over the rows whose target is not -100."""
+        """x (N, C), weight (Vp, C), targets (N,) → () fp32: the sum over the rows whose target is not -100.
+
+        Label smoothing and z-loss shape training only: in evaluation mode the loss is the negative log-likelihood.
+        """
         c = self.config
-        options = (c.vocab_size, -100, c.label_smoothing, c.z_loss, c.logit_softcap)
+        smoothing, z_loss = (c.label_smoothing, c.z_loss) if self.training else (0.0, 0.0)
+        options = (c.vocab_size, -100, smoothing, z_loss, c.logit_softcap)
         if self.linear_cross_entropy is not None:
             return self.linear_cross_entropy(x, weight, targets, *options, with_grad=torch.is_grad_enabled())
         assert self.cross_entropy is not None
@@ -206,6 +210,10 @@ class GPT(nn.Module):
     ``compute_parameters()``.
     """
 
+    blocks: Sequence[Block]
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: GPTConfig, documents: bool = False):
         super().__init__()
         problems = config.problems()
@@ -221,7 +229,7 @@ class GPT(nn.Module):
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer, documents) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i, documents) for i in range(config.n_layer))  # type: ignore[assignment]
         self.norm = Norm(config)
         self.head = Head(config)
         if config.position == "rope":
@@ -304,7 +312,7 @@ class GPT(nn.Module):
         seq_start: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """ids (B, T) int64 → logits (B, T, V) in the compute dtype; with targets (B, T) int64, the summed loss, () fp32.
+        """ids (B, T) int64 → logits (B, T, V) in the compute dtype; with targets (B, T) int64 → the summed loss, fp32.
 
         A target of -100 is not counted; the caller divides by the number that is. seq_start: see ``hidden``.
         """
@@ -324,8 +332,8 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         if start + T > self.config.block_size:
             raise ValueError(
-                f"a row may have at most block_size={self.config.block_size} tokens, this one has {start + T}: there are "
-                "no positions beyond; crop it, or build the model with a larger model.block_size"
+                f"a row may have at most block_size={self.config.block_size} tokens, this one has {start + T}: there "
+                "are no positions beyond; crop it, or build the model with a larger model.block_size"
             )
         x = self.wte(ids)
         if self.wpe is not None:
@@ -338,7 +346,7 @@ class GPT(nn.Module):
             (self.cos[start : start + T], self.sin[start : start + T]) if self.config.position == "rope" else None
         )
         documents = self._prepared(seq_start)
-        seeds = [None] * len(self.blocks)
+        seeds: Sequence[Tensor | None] = [None] * len(self.blocks)
         if self.training and self.config.dropout > 0.0:  # drawn out here, so that a recomputed block sees the same ones
             seeds = torch.randint(2**31, (len(self.blocks),), device=ids.device).unbind()
         for block, seed, seq_start in zip(self.blocks, seeds, documents, strict=True):
