@@ -95,9 +95,15 @@ def command() -> str:
     """How this user calls tritium, for the commands we suggest: what they can paste."""
     called = pathlib.Path(sys.argv[0])
     if called.name != "tritium":
-        return "tritium" if shutil.which("tritium") else f"{_shown(pathlib.Path(sys.executable))} -m tritium.engine.cli"
+        return "tritium" if shutil.which("tritium") else f"{_python()} -m tritium.engine.cli"
     found = shutil.which("tritium")
     return "tritium" if found and pathlib.Path(found).absolute() == called.absolute() else _shown(called)
+
+
+def _python() -> str:
+    found = shutil.which("python")
+    same = found and pathlib.Path(found).absolute() == pathlib.Path(sys.executable).absolute()
+    return "python" if same else _shown(pathlib.Path(sys.executable))
 
 
 def _shown(path: pathlib.Path) -> str:
@@ -127,7 +133,7 @@ def _expected(error: Exception) -> str | None:
         ("tritium.kernels.op", "KernelError"),
         ("tritium.engine.data.errors", "DataError"),
         ("tritium.engine.checkpoint", "CheckpointError"),
-        ("tritium.engine.hf", "HFError"),
+        ("tritium.engine.generate", "GenerateError"),
     )
     known = [getattr(sys.modules[module], name, None) for module, name in places if module in sys.modules]
     if isinstance(error, (ConfigError, *(k for k in known if k is not None))):
@@ -298,14 +304,14 @@ class LiveReporter(Reporter):
 
     def __init__(self) -> None:
         super().__init__()
-        from rich.console import Console
+        from rich.console import Console, Group
         from rich.live import Live
         from rich.progress_bar import ProgressBar
         from rich.spinner import Spinner
         from rich.table import Table
         from rich.text import Text
 
-        self._table, self._text, self._bar = Table, Text, ProgressBar
+        self._group, self._table, self._text, self._bar = Group, Table, Text, ProgressBar
         self._spinner = Spinner("dots")
         self._console = Console(highlight=False)
         self._what = "setting up"
@@ -323,12 +329,8 @@ class LiveReporter(Reporter):
             line.add_row(self._spinner, self._text(f"{self._what} · {duration(now - self._since)}"))
             return line
         moved = dataclasses.replace(p, eta_s=max(0.0, p.eta_s - (now - self._since)) if p.step < p.steps else p.eta_s)
-        line.add_row(
-            self._spinner,
-            self._bar(total=max(1, p.steps), completed=p.step, width=16),
-            self._text(progress_line(moved)),
-        )
-        return line
+        line.add_row(self._spinner, self._text(progress_line(moved)))
+        return self._group(self._bar(total=max(1, p.steps), completed=p.step), line)
 
     def write(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -588,6 +590,86 @@ def _load(run: str, device: str, precision: str, kernels: str, phases: Sequence[
     _find_modules_here([kernels])
     op.bind(loaded.model, kernels, machine=Machine.here(place), dtype=dtype, phases=phases)
     return loaded
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Flags of ``tritium sample``."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of a run or of one checkpoint, or a folder with GPT-2 weights (model.safetensors)."""
+    prompt: str = ""
+    """Text to continue; empty: begin a document; -: read it from standard input."""
+    tokens: int = 200
+    """Most tokens to write; a document that ends earlier ends the sample."""
+    temperature: float = 0.8
+    """Divides the logits: below 1 safer, above 1 wilder; 0: always the likeliest token."""
+    top_k: int = 50
+    """Draw from the k likeliest tokens only; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens whose probability reaches p."""
+    seed: int = 1
+    """Seed of the first sample; the next one has seed + 1."""
+    num: int = 1
+    """Number of samples."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: a GPU when there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Compute dtype; auto: bf16 where the device multiplies bf16 matrices in hardware."""
+    kernels: str = "auto"
+    """A backend for every op that has it."""
+
+
+def _sample(argv: list[str]) -> int:
+    about = "Let a trained model write, token by token. The same seed writes the same text."
+    options = parse(SampleOptions, argv, "sample", about, positional=("run",))
+    if options.num < 1:
+        raise UsageError(f"--num must be at least 1, not {options.num}")
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    loaded = _load(options.run, options.device, options.precision, options.kernels, ("prefill", "decode"))
+    from tritium.engine.generate import stream
+
+    tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
+    ids = [tokenizer.eot, *tokenizer.encode(prompt)]
+    print(loaded.about, file=sys.stderr)
+    if len(ids) > block_size:
+        print(f"the prompt has {len(ids)} tokens, the model sees the last {block_size} (block_size)", file=sys.stderr)
+    began, written = time.monotonic(), 0
+    for number in range(options.num):
+        if options.num > 1:
+            print(f"--- sample {number + 1} of {options.num}, seed {options.seed + number} ---")
+        print(prompt, end="", flush=True)
+        steps = stream(
+            loaded.model, [ids], options.tokens, temperature=options.temperature, top_k=options.top_k,
+            top_p=options.top_p, seed=options.seed + number, stop_ids=(tokenizer.eot,),
+        )  # fmt: skip
+        tokens: list[int] = []
+        for piece in _pieces(tokenizer.decode, (row[0] for row in steps), tokenizer.eot, tokens):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        written += len(tokens)
+    print(f"{written} tokens, {written / (time.monotonic() - began):.1f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def _pieces(
+    decode: Callable[[list[int]], str], tokens: typing.Iterable[int | None], eot: int, seen: list[int]
+) -> Iterator[str]:
+    """Text as it comes, in whole characters; ``seen`` collects the tokens, ``eot`` is not shown.
+
+    A character may be several tokens, and some tokenizers decode a token differently at the beginning: so each piece is
+    the difference of two decodings that begin at the piece before it.
+    """
+    start = shown = 0
+    for token in tokens:
+        if token is None or token == eot:
+            break
+        seen.append(token)
+        before, now = decode(seen[start:shown]), decode(seen[start:])
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            yield now[len(before) :]
+            start, shown = shown, len(seen)
+    yield decode(seen[start:])[len(decode(seen[start:shown])) :]
 
 
 @dataclass(frozen=True)
@@ -887,6 +969,7 @@ def _bench(argv: list[str]) -> int:
 VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("train a preset, or continue a run", _train),
     "prepare": ("turn text into token shards", _prepare),
+    "sample": ("let a trained model write", _sample),
     "evaluate": ("loss, perplexity and bits per byte of a trained model", _evaluate),
     "export": ("write a trained model as GPT-2 safetensors for transformers", _export),
     "kernels": ("which backends can compute each op here, and why not; check one", _kernels),

@@ -14,10 +14,7 @@ _INK, _TRAIN, _VAL, _LINE = "#222222", "#9db8d9", "#c23b22", "#7a7a7a"
 def plot_losses(out: pathlib.Path) -> pathlib.Path | None:
     """Draw ``out``/metrics.jsonl into ``out``/loss.png: training and validation loss over tokens, and the unigram and
     bigram models' losses where the run measured them. Returns the picture's path, None when nothing was logged yet."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
     from matplotlib.ticker import FuncFormatter
 
     path = out / "metrics.jsonl"
@@ -27,7 +24,8 @@ def plot_losses(out: pathlib.Path) -> pathlib.Path | None:
     if not train and not val:
         return None
 
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     if train:
         axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=1.4, label="training")
     if val:
@@ -49,7 +47,6 @@ def plot_losses(out: pathlib.Path) -> pathlib.Path | None:
     path = out / "loss.png"
     temporary = path.with_name(".loss.tmp.png")
     figure.savefig(temporary)
-    plt.close(figure)
     temporary.replace(path)
     return path
 

@@ -1,4 +1,4 @@
-"""What a run tells its user: a Reporter while it runs (here plain lines, in the CLI a live one), and the closing report."""
+"""What a run tells its user: a Reporter while it runs (plain, or the live one of the CLI), and the closing report."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def closing_report(
     else:
         blocks.append(
             f"{'continue':<14}{command} train {out} --train.steps {2 * steps}\n"
-            f'{"write":<14}{command} sample {out} --prompt "The"\n'
+            f'{"sample":<14}{command} sample {out} --prompt "The"\n'
             f"{'scale up':<14}{launcher(command, 8)} train gpt2_124m --data.sources YOUR_TEXT"
         )
     return "\n\n".join(block for block in blocks if block)

@@ -1,0 +1,600 @@
+"""What a user types and reads: help, flags, mistakes, exits. Verbs that compute run on tiny models."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import types
+import typing
+
+import pytest
+
+from tritium.engine import cli, presets
+from tritium.engine.config import Config, ConfigError
+from tritium.engine.report import Reporter
+
+TRITIUM = [sys.executable, "-m", "tritium.engine.cli"]
+
+
+@pytest.fixture
+def tritium(capsys, monkeypatch, tmp_path):
+    """tritium("verb", ...) → (exit status, stdout, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        status = cli.main([str(a) for a in argv])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """A train.main that only notes what it was asked for: trained[-1] is the Config; trained.error is raised if set."""
+    import tritium.engine
+
+    class Asked(list):
+        error: BaseException | None = None
+
+    asked = Asked()
+
+    def main(config, reporter):
+        assert isinstance(reporter, Reporter)
+        asked.append(config)
+        if asked.error is not None:
+            raise asked.error
+        out = pathlib.Path(config.run.out or f"runs/{config.name}")
+        return types.SimpleNamespace(
+            status="done", exit_code=0, out=out, checkpoint=None, step=1, val_loss=2.0, sample="", messages=["said"],
+            bits_per_byte={"model": 1.5, "unigram": 3.0, "bigram": 2.0},
+        )  # fmt: skip
+
+    fake = types.ModuleType("tritium.engine.train")
+    fake.main = main
+    monkeypatch.setitem(sys.modules, "tritium.engine.train", fake)
+    monkeypatch.setattr(tritium.engine, "train", fake, raising=False)
+    return asked
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_loads_no_torch_and_is_quick():
+    code = (
+        "import sys; from tritium.engine import cli\n"
+        "for argv in (['--help'], ['train', 'tiny', '--help'], ['sample', '--help'], ['train', 'tinny'], ['no']):\n"
+        "    cli.main(argv)\n"
+        "print('HEAVY', {'torch', 'triton', 'matplotlib', 'transformers', 'tokenizers', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.rstrip().endswith("HEAVY set()")
+
+
+def test_overview_names_every_verb(tritium):
+    status, out, _ = tritium("--help")
+    assert status == 0
+    for verb in ("train", "prepare", "sample", "evaluate", "kernels", "bench", "export"):
+        assert re.search(rf"^  {verb} +\w", out, re.M), verb
+    assert tritium()[0] == 2
+    assert tritium("--version")[1].startswith("tritium ")
+
+
+def test_train_help_shows_field_type_default_and_meaning(tritium, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    status, out, _ = tritium("train", "tiny", "--help")
+    assert status == 0
+    words = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
+    steps = presets.load("tiny").train.steps
+    assert f"--train.steps INT Optimizer steps in the whole run. (default: {steps})" in words
+    assert "--train.precision {auto,fp32,bf16}" in words
+    assert "Rows (sequences of block_size tokens) per optimizer step" in words  # the unit
+    assert [n for n in cli.flags_of(Config) if f"--{n} " not in words and f"--{n}," not in words] == []
+
+
+@pytest.mark.parametrize("verb", ["prepare", "sample", "evaluate", "export", "kernels", "bench"])
+def test_every_verb_explains_itself(tritium, verb):
+    status, out, _ = tritium(verb, "--help")
+    assert status == 0
+    assert "usage:" in out
+
+
+def test_train_without_preset_lists_them(tritium):
+    status, _, err = tritium("train")
+    assert status == 2
+    for name in presets.names():
+        assert re.search(rf"^  {name} +\w", err, re.M)
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["tran"], ["train", "prepare", "All:"]),
+        (["train", "gpt2_125m"], ["gpt2_124m", "gpt2_1558m", "gpt2_350m"]),
+        (["train", "tiny", "--train.stps", "4"], ["--train.steps", "All:"]),
+        (["train", "tiny", "--batch-rows", "4"], ["--train.batch_rows", "--train.micro_rows"]),
+        (["train", "tiny", "--n_head", "4"], ["--model.n_head", "--model.n_kv_head"]),
+        (["prepare", "x.txt", "--tokeniser", "bytes"], ["--tokenizer"]),
+        (["kernels", "tinny"], ["tiny"]),
+        (["kernels", "check", "native", "--op", "layernorm"], ["layer_norm", "add_layer_norm", "rms_norm"]),
+    ],
+)
+def test_unknown_names_get_the_nearest(tritium, argv, named):
+    status, out, err = tritium(*argv)
+    assert (status, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1
+    for name in named:
+        assert name in err
+
+
+def test_three_nearest_flags_are_named(tritium):
+    err = tritium("train", "tiny", "--train.stps", "4")[2]
+    assert len(re.findall(r"--[a-z]+\.[a-z_]+", err.split("nearest are")[1])) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["train", "tiny", "--train.steps", "abc"], "--train.steps wants a whole number, not 'abc'"),
+        (["train", "tiny", "--train.steps=1.5"], "--train.steps wants a whole number, not '1.5'"),
+        (["train", "tiny", "--optim.lr", "fast"], "--optim.lr wants a number, not 'fast'"),
+        (["train", "tiny", "--optim.lr", "nan"], "--optim.lr wants a number, not 'nan'"),
+        (["train", "tiny", "--model.norm", "batch"], "--model.norm wants one of layer_norm, rms_norm, not 'batch'"),
+        (["train", "tiny", "--model.bias=maybe"], "--model.bias wants true or false, not 'maybe'"),
+        (["train", "tiny", "--train.steps"], "--train.steps wants a whole number and got none"),
+        (["train", "tiny", "--train.steps", "--model.bias"], "--train.steps wants a whole number and got none"),
+        (["train", "tiny", "5"], "'5' is one argument too many"),
+        (["train", "--train.steps", "5"], "a preset comes first"),
+        (["prepare"], "SOURCES is missing"),
+        (["sample"], "RUN is missing"),
+        (["export", "runs/x"], "FOLDER is missing"),
+    ],
+)
+def test_bad_values_name_rule_and_value(tritium, argv, said):
+    status, out, err = tritium(*argv)
+    assert (status, out) == (2, "")
+    assert said in err
+
+
+def test_all_problems_of_a_configuration_at_once(tritium, trained):
+    status, _, err = tritium("train", "tiny", "--model.n_head", "3", "--train.batch_rows=17", "--optim.beta1", "2")
+    assert status == 1
+    assert len(re.findall("^  - ", err, re.M)) == 3
+    assert trained == []
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--train.steps", "7"], ["--train.steps=7"], ["--train.steps", "5", "--train.steps", "7"],
+    ],
+)  # fmt: skip
+def test_flag_forms(tritium, trained, argv):
+    assert tritium("train", "tiny", *argv)[0] == 0
+    tiny = presets.load("tiny")
+    assert trained == [dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, steps=7))]
+
+
+@pytest.mark.parametrize(
+    ("argv", "section", "field", "value"),
+    [
+        (["--train.batch-rows", "32"], "train", "batch_rows", 32),
+        (["--train.batch_rows=32"], "train", "batch_rows", 32),
+        (["--optim.lr", "1e-4"], "optim", "lr", 1e-4),
+        (["--kernels", "triton"], "kernels", "default", "triton"),
+        (["--kernels=triton"], "kernels", "default", "triton"),
+        (["--kernels.attention=my_pkg.my_module"], "kernels", "attention", "my_pkg.my_module"),
+        (["--kernels.override", "a=b", "c=d"], "kernels", "override", ("a=b", "c=d")),
+        (["--kernels.override", "a=b", "--kernels.override=c=d"], "kernels", "override", ("a=b", "c=d")),
+        (["--data.sources", "a.txt", "b c.txt"], "data", "sources", ("a.txt", "b c.txt")),
+        (["--model.no-bias"], "model", "bias", False),
+        (["--model.no_bias"], "model", "bias", False),
+        (["--model.bias=false"], "model", "bias", False),
+        (["--model.bias", "False"], "model", "bias", False),
+        (["--model.no-bias", "--model.bias"], "model", "bias", True),
+        (["--model.qk_norm"], "model", "qk_norm", True),
+        (["--train.compile", "false"], "train", "compile", "false"),
+        (["--train.seed", "-3"], "train", "seed", -3),
+        (["--data.field="], "data", "field", ""),
+    ],
+)
+def test_flags_reach_the_configuration(tritium, trained, argv, section, field, value):
+    status, _, err = tritium("train", "tiny", *argv)
+    assert (status, err) == (0, "")
+    assert getattr(getattr(trained[-1], section), field) == value
+    tiny = presets.load("tiny")
+    others = dataclasses.replace(trained[-1], **{section: getattr(tiny, section)})
+    assert others == tiny
+
+
+def test_every_field_of_the_configuration_can_be_set():
+    """A field whose type the command line did not understand would be found out only by the user who needs it."""
+    words = {int: "3", float: "0.5", bool: "true", str: "word"}
+    values = {}
+    for name, hint in cli.flags_of(Config).items():
+        first = typing.get_args(hint)[0] if typing.get_args(hint) else hint  # of a Literal: its first word
+        values[name] = words.get(first, first)
+    argv = [word for name, value in values.items() for word in (f"--{name}", value)]
+    config = dataclasses.asdict(cli.parse(Config, argv, "train tiny", "", default=Config()))
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        found = config[section][field] if section else config[field]
+        assert str(found[0] if isinstance(found, tuple) else found).lower() == value, name
+
+
+def test_a_run_folder_continues_with_its_stored_configuration(tritium, trained, tmp_path):
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    tiny = presets.load("tiny")
+    stored = dataclasses.replace(
+        tiny, name="mine", train=dataclasses.replace(tiny.train, steps=9),
+        run=dataclasses.replace(tiny.run, out="", resume="never"),
+    )  # fmt: skip
+    (folder / "config.json").write_text(stored.to_json())
+    assert tritium("train", "runs/mine", "--optim.lr", "0.5")[0] == 0
+    config = trained[-1]
+    assert (config.train.steps, config.optim.lr, config.run.out, config.run.resume) == (9, 0.5, "runs/mine", "auto")
+    (folder / "config.json").unlink()
+    status, _, err = tritium("train", "runs/mine")
+    assert status == 1
+    assert "holds no config.json" in err
+
+
+def test_closing_report_says_how_to_go_on(tritium, trained):
+    status, out, _ = tritium("train", "tiny")
+    assert status == 0
+    assert "said" in out
+    assert "the model beats the bigram model by 25.0%" in out
+    for needed in (
+        "train runs/tiny --train.steps 800",
+        'sample runs/tiny --prompt "The"',
+        "torchrun --nproc-per-node=8 -m tritium.engine.cli train gpt2_124m",
+    ):
+        assert needed in out
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def known_errors():
+    from tritium.engine.checkpoint import CheckpointError
+    from tritium.engine.data.errors import DataError
+    from tritium.kernels.op import KernelError
+
+    yield ConfigError("the rule"), "the rule"
+    yield KernelError("no backend"), "no backend"
+    yield DataError("bad shard"), "bad shard"
+    yield CheckpointError("damaged"), "damaged"
+    yield OSError(28, "No space left on device", "runs/x"), "No space left on device (runs/x); free space"
+    yield PermissionError(13, "Permission denied", "runs/x"), "Permission denied (runs/x); choose a folder"
+
+
+def test_known_errors_are_a_message_and_no_traceback(tritium, trained, monkeypatch):
+    for error, said in known_errors():
+        trained.error = error
+        status, _, err = tritium("train", "tiny")
+        assert status == 1
+        assert err.startswith("tritium train: ")
+        assert said in err
+        assert "Traceback" not in err
+    monkeypatch.setenv("TRITIUM_DEBUG", "1")
+    with pytest.raises(PermissionError):
+        cli.main(["train", "tiny"])
+
+
+def test_an_unexpected_error_is_not_hidden(tritium, trained):
+    trained.error = ZeroDivisionError("a fault of ours")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", "tiny"])
+
+
+def test_a_second_ctrl_c_ends_training_at_once(tritium, trained):
+    trained.error = KeyboardInterrupt()
+    status, _, err = tritium("train", "tiny")
+    assert status == 130
+    assert "stopped at once, without saving" in err
+    assert "train runs/tiny goes on from its last checkpoint" in err
+
+
+def test_ctrl_c_in_a_verb_is_a_line_and_130(tmp_path):
+    big = tmp_path / "big.txt"
+    big.write_text("the cat sat on the mat and looked at the dog. " * 600_000)
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [*TRITIUM, "prepare", str(big), "--tokenizer", "bpe:512", "--out", "data", "--workers", "0"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = 200
+    while not (tmp_path / "data" / ".partial").exists() and deadline:
+        deadline -= 1
+        try:
+            process.wait(0.1)
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "interrupted" in err
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    done = subprocess.run(
+        f"{' '.join(TRITIUM)} train --help | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- prepare
+
+
+def test_prepare_says_what_it_made_and_where(tritium, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n{"text": "seven"}\n')
+    status, out, err = tritium("prepare", "a.jsonl", "--tokenizer", "bytes", "--out", "d", "--val-fraction", "0.5")
+    assert (status, err) == (0, "")
+    assert "bytes, 257 ids" in out
+    assert "train PRESET --data.folder d" in out
+    counts = {k: int(v.replace(",", "")) for k, v in re.findall(r"(\w+) +([\d,]+) tokens, \d+ documents", out)}
+    assert sum(counts.values()) == len("one two three" + "four five six" + "seven") + 3
+    status, out, err = tritium("prepare", "a.jsonl", "--tokenizer", "gpt2:no", "--out", "e")
+    assert status == 1
+    assert "gpt2:no" in err
+
+
+def test_prepare_without_out_uses_the_folder_train_looks_into(tritium, tmp_path):
+    from tritium.engine.data.prepare import is_prepared
+    from tritium.engine.train import data_folder
+
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
+    assert tritium("prepare", "a.jsonl", "--tokenizer", "bytes")[0] == 0
+    config = dataclasses.replace(
+        Config(), data=dataclasses.replace(Config().data, sources=("a.jsonl",), tokenizer="bytes")
+    )
+    assert is_prepared(data_folder(config))
+
+
+# --------------------------------------------------------------------------------------------------- sample, evaluate
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of a random, tiny model on bytes: root/runs/small and root/data."""
+    import torch
+
+    from tritium.engine import checkpoint
+    from tritium.engine.config import DataConfig, GPTConfig
+    from tritium.engine.data.prepare import prepare
+    from tritium.engine.data.tokenizer import load_tokenizer
+    from tritium.engine.model import GPT
+    from tritium.engine.parallel import World
+
+    root = tmp_path_factory.mktemp("run")
+    (root / "text.jsonl").write_text("".join(f'{{"text": "document number {i}"}}\n' for i in range(50)))
+    prepare([root / "text.jsonl"], root / "data", tokenizer="bytes", val_fraction=0.2, say=lambda s: None)
+    network = GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=16, vocab_multiple=8, init_std=0.3)
+    config = Config(name="small", model=network, data=DataConfig(folder=str(root / "data"), tokenizer="bytes"))
+    torch.manual_seed(0)
+    out = root / "runs" / "small"
+    state = {f"model.{name}": p.detach() for name, p in GPT(network).named_parameters()}
+    meta = {"step": 7, "position": 0, "config": dataclasses.asdict(config), "kernels": [], "task": {}}
+    checkpoint.save(out, state, meta, World(), keep=1)
+    (out / "tokenizer").mkdir()
+    load_tokenizer("bytes").save(out / "tokenizer")
+    return out
+
+
+def test_sample_repeats_with_its_seed_and_goes_on_from_the_prompt(tritium, run_folder):
+    ask = ("sample", run_folder, "--prompt", "documént ", "--tokens", 12, "--device", "cpu")
+    status, first, err = tritium(*ask, "--seed", 3)
+    assert status == 0
+    assert first.startswith("documént ")
+    assert "small, step 7" in err
+    assert "12 tokens" in err
+    assert tritium(*ask, "--seed", 3)[1] == first
+    second = tritium(*ask, "--seed", 4)[1]
+    assert second != first
+    both = tritium(*ask, "--seed", 3, "--num", 2)[1]
+    assert both == f"--- sample 1 of 2, seed 3 ---\n{first}--- sample 2 of 2, seed 4 ---\n{second}"
+
+
+def test_sample_is_what_generate_says(tritium, run_folder):
+    from tritium.engine.checkpoint import load_run
+    from tritium.engine.generate import generate
+
+    restored = load_run(run_folder)
+    ids = [restored.tokenizer.eot, *restored.tokenizer.encode("ab")]
+    expected = generate(restored.model, [ids], 9, temperature=0.7, top_k=9, top_p=0.9, seed=5)[0]
+    _, out, _ = tritium(
+        "sample",
+        run_folder,
+        "--prompt",
+        "ab",
+        "--tokens",
+        9,
+        "--temperature",
+        0.7,
+        "--top_k",
+        9,
+        "--top-p",
+        0.9,
+        "--seed=5",
+    )
+    cut = expected.index(restored.tokenizer.eot) if restored.tokenizer.eot in expected else len(expected)
+    assert out == "ab" + restored.tokenizer.decode(expected[:cut]) + "\n"
+
+
+def test_sample_reads_the_prompt_from_standard_input(tritium, run_folder, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from there"))
+    path = next((run_folder / "checkpoints").iterdir())
+    status, out, _ = tritium("sample", path, "--prompt", "-", "--tokens", 3)
+    assert status == 0
+    assert out.startswith("from there")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 20))
+    assert "the model sees the last 16" in tritium("sample", run_folder, "--prompt", "-", "--tokens", 1)[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said", "status"),
+    [
+        (["--temperature", -1], "temperature must be at least 0", 1),
+        (["--top-p", 0], "top_p must be in (0, 1], not 0.0", 1),
+        (["--num", 0], "--num must be at least 1, not 0", 2),
+        (["--kernels", "nonsense.module"], "nonsense.module", 1),
+    ],
+)
+def test_sample_refuses_what_makes_no_sense(tritium, run_folder, flags, said, status):
+    got, _, err = tritium("sample", run_folder, *flags)
+    assert got == status
+    assert said in err
+
+
+def test_a_damaged_checkpoint_is_a_clear_error(tritium, run_folder, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(run_folder, broken)
+    victim = next((broken / "checkpoints").glob("*/*.distcp"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    for verb in ("sample", "evaluate"):
+        status, _, err = tritium(verb, broken)
+        assert status == 1
+        assert "is damaged: SHA-256" in err
+    status, _, err = tritium("sample", tmp_path / "nowhere")
+    assert status == 1
+    assert "does not exist" in err
+
+
+def test_evaluate_shows_the_figures_of_the_function(tritium, run_folder):
+    import torch
+
+    from tritium.engine.checkpoint import load_run
+    from tritium.engine.evaluate import evaluate
+
+    restored = load_run(run_folder)
+    data = restored.config.data.folder
+    expected = evaluate(restored.model, data, torch.device("cpu"), tokenizer=restored.tokenizer.identity, T=16)
+    status, out, err = tritium("evaluate", run_folder)
+    assert (status, err) == (0, "")
+    assert f"loss        {expected.loss:.4f} nats per token, over {expected.tokens:,} tokens" in out
+    assert f"model     {expected.bits_per_byte:.4f}" in out
+    assert f"bigram    {expected.baselines['bigram']:.4f}" in out
+    assert "does NOT beat the bigram model" in out
+
+
+def test_evaluate_refuses_shards_of_another_tokenizer(tritium, run_folder, tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"text": "some text {i}"}}\n' for i in range(20)))
+    assert tritium("prepare", "t.jsonl", "--tokenizer", "bpe:260", "--out", "other", "--val-fraction", "0.3")[0] == 0
+    status, _, err = tritium("evaluate", run_folder, "--data", "other")
+    assert status == 1
+    assert "tokenized with bpe" in err
+    assert "bytes" in err
+    status, _, err = tritium("evaluate", run_folder, "--data", "missing")
+    assert status == 1
+    assert "missing" in err
+
+
+@pytest.mark.parametrize("text", ["abc", "é漢😀z", "漢"])
+def test_pieces_are_whole_characters(text):
+    def decode(ids):
+        return bytes(ids).decode("utf-8", "replace")
+
+    ids = list(text.encode())
+    seen: list[int] = []
+    assert list(filter(None, cli._pieces(decode, iter(ids), 256, seen))) == list(text)
+    assert seen == ids
+    cut = "".join(cli._pieces(decode, iter([*text.encode(), 0xE6, 256, 65]), 256, []))  # ends inside a character
+    assert cut == text + "\ufffd"
+
+
+def test_pieces_of_a_tokenizer_that_decodes_beginnings_differently():
+    def decode(ids):
+        return " ".join(f"w{i}" for i in ids)  # as WordPiece: a space before every word but the first
+
+    assert "".join(cli._pieces(decode, iter([1, 2, 3]), 99, [])) == "w1 w2 w3"
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+def test_kernels_of_an_h100_on_any_machine(tritium):
+    status, out, _ = tritium("kernels", "--device", "cuda", "--arch", "sm_90")
+    assert status == 0
+    assert "cuda sm_90; not this machine" in out
+    assert "bfloat16, train, compiled" in out
+    table = out.split("\n\n")[1]
+    assert [line.split()[0] for line in table.splitlines() if not line.startswith(" ")] == list(cli_ops())
+    native = next(line for line in table.splitlines() if line.split()[0] == "native" or " native " in line)
+    assert "no: the native kernels run on the CPU and this site is on cuda" in native
+    assert table.count("<- auto") == len(cli_ops())
+
+
+def cli_ops():
+    from tritium.kernels.ops import OPS
+
+    return OPS
+
+
+def test_kernels_of_a_preset_shows_what_would_be_bound(tritium):
+    status, out, _ = tritium("kernels", "tiny", "--device", "cpu", "--compile", "false", "--precision", "fp32")
+    assert status == 0
+    assert "cpu " in out
+    assert "float32, train, eager, tiny" in out
+    assert "train tiny would bind:" in out
+    assert re.search(r"blocks\.\*\.attention +attention +", out)
+    assert re.search(r"optimizer +adamw +", out)
+
+
+def test_kernels_refuse_what_cannot_be_met(tritium, monkeypatch):
+    monkeypatch.delenv("TRITIUM_INTERPRET", raising=False)
+    status, _, err = tritium("kernels", "tiny", "--device", "cpu", "--kernels", "triton")
+    assert status == 1
+    assert "triton was chosen and cannot serve" in err
+    status, _, err = tritium("kernels", "--device", "cuda", "--arch", "hopper")
+    assert status == 2
+    assert "not 'hopper'" in err
+
+
+def test_kernels_check_gives_a_verdict_and_a_status(tritium, tmp_path):
+    package = tmp_path / "my_kernels"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    good = "import torch.nn.functional as F\n\ndef gelu(x, approximate='tanh'):\n    return F.gelu(x, approximate=approximate)\n"
+    (package / "good.py").write_text(good)
+    (package / "bad.py").write_text(good.replace("=approximate)", "=approximate) * 1.02"))
+    path = list(sys.path)
+    try:
+        status, out, err = tritium(
+            "kernels", "check", "my_kernels.good", "--op", "gelu", "--device", "cpu", "--precision", "fp32"
+        )
+        assert (status, err) == (0, "")
+        assert "gelu.my_kernels.good on cpu holds the contract" in out
+        status, out, _ = tritium(
+            "kernels", "check", "my_kernels.bad", "--op", "gelu", "--device", "cpu", "--precision", "fp32"
+        )
+        assert status == 1
+        assert "BREAKS the contract" in out
+        status, _, err = tritium("kernels", "check", "my_kernels.none", "--op", "gelu", "--device", "cpu")
+        assert status == 1
+        assert "my_kernels.none" in err
+    finally:
+        sys.path[:] = path
