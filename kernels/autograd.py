@@ -1,8 +1,8 @@
-"""``differentiable``: one definition of an op's forward and backward gives a fast eager path and a custom op under compile.
+"""``differentiable``: one definition of forward and backward gives a fast eager path and a custom op under compile.
 
-A ``torch.library`` custom op costs tens of microseconds a call, so plain eager training bypasses it through an autograd.Function.
-Everything that must *see* the op gets the registered one: torch.compile, fake tensors, FLOP counters, selective checkpointing, and
-tensor subclasses.
+A ``torch.library`` custom op costs tens of microseconds a call, so plain eager training bypasses it through an
+autograd.Function. Everything that must *see* the op gets the registered one: torch.compile, fake tensors, FLOP counters,
+selective checkpointing, and tensor subclasses.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ def differentiable(
     flops: Callable[..., int] | None = None,
     flops_backward: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
-    """Build a callable with autograd from a forward and a backward over plain tensors. It takes positional arguments only.
+    """Build a callable with autograd from a forward and a backward over plain tensors. It takes positional arguments.
 
     name: "layer_norm_triton" registers ``tritium::layer_norm_triton`` and ``..._backward``.
-    forward(*args) -> results: a tuple; the first ``outputs`` are what the caller gets, the rest (mean, lse, ...) only feed backward.
+    forward(*args) -> results: a tuple; the first ``outputs`` are what the caller gets, the rest (mean, lse, ...) only
+        feed backward.
     save(args, results) -> values: tensors, None or constants that backward needs.
-    backward(*grads_of_outputs, *values) -> one tensor for each entry of ``gradients``, the positions in ``args`` they belong to. A
-        gradient for an argument that was None is dropped, so return an empty tensor for it.
-    forward and backward carry type annotations (they become the schema); no result may alias an argument or another result.
-    fake_*: same signatures, allocate only. flops*: torch.utils.flop_counter formulas, called with shapes in place of tensors.
+    backward(*grads_of_outputs, *values) -> one tensor for each entry of ``gradients``, the positions in ``args`` they
+        belong to. A gradient for an argument that was None is dropped, so return an empty tensor for it.
+    forward and backward carry type annotations (they become the schema); no result may alias an argument or another.
+    fake_*: same signatures, allocate only. flops*: torch.utils.flop_counter formulas, called with shapes for tensors.
     Works once: the returned gradient is not itself differentiable.
     """
     forward_op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
@@ -132,7 +133,7 @@ def _register_flops(name: str, formula: Callable[..., int]) -> None:
 
 
 def update_op(name: str, function: Callable[..., None], mutates: Sequence[str]) -> Callable[..., None]:
-    """Register a mutating op without autograd (an optimizer's update) and return a callable that bypasses the library in eager.
+    """Register a mutating op without autograd (an optimizer's update); the callable bypasses the library in eager.
 
     function(...) -> None, annotated; ``mutates`` names the arguments it writes.
     """

@@ -1,13 +1,13 @@
 """The op contract: what an op is, how its backends are found, and how a model's call sites get their functions.
 
-An op is a folder beside this file. Its ``reference.py`` holds a function of the op's name: signature, mathematics and default.
-Every ``impl_NAME.py`` in the folder is the backend NAME: a function of the same name and the same signature, plus
+An op is a folder beside this file. Its ``reference.py`` holds a function of the op's name: signature, mathematics and
+default. Every ``impl_NAME.py`` in the folder is the backend NAME: a function of the same name and signature, plus
 
     unsupported(site: Site) -> str | None      None = "I can do this"; otherwise one sentence: rule, value, remedy
     prepare(seq_start) -> object               optional: run once per micro-batch, its result is passed as ``seq_start``
 
-A module declares where it calls an op with a :class:`CallSite`; :func:`bind` gives every call site of a model its function, once
-at start-up. Nothing is global, so several models with different kernels live in one process.
+A module declares where it calls an op with a :class:`CallSite`; :func:`bind` gives every call site of a model its
+function, once at start-up. Nothing is global, so several models with different kernels live in one process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from types import ModuleType
 from typing import Any
 
@@ -85,7 +85,7 @@ class Op:
         return importlib.import_module(f"{self.package}.cases")
 
     def backends(self) -> list[str]:
-        """Names of this op's backends, ``reference`` first; the folder listing is the registry, entry points add to it."""
+        """This op's backends, ``reference`` first; the folder listing is the registry, entry points add to it."""
         found = {path.stem.removeprefix("impl_") for path in self.folder.glob("impl_*.py")}
         found |= set(_entry_points(self.name))
         return ["reference", *sorted(found)]
@@ -107,8 +107,8 @@ class Op:
             path = name
         else:
             raise KernelError(
-                f"op {self.name} has no backend {name!r}; it has {', '.join(self.backends())} (or give a module path such as "
-                f"my_package.my_{self.name})"
+                f"op {self.name} has no backend {name!r}; it has {', '.join(self.backends())} (or give a module path "
+                f"such as my_package.my_{self.name})"
             )
         try:
             module = importlib.import_module(path)
@@ -119,8 +119,8 @@ class Op:
             raise KernelError(f"backend {name!r} of op {self.name}: module {path} defines no function {self.name}")
         if _shape_of(inspect.signature(function)) != _shape_of(self.signature):
             raise KernelError(
-                f"backend {name!r} of op {self.name} must have the reference's signature.\n  reference: {self.name}{self.signature}\n"
-                f"  {path}: {self.name}{inspect.signature(function)}"
+                f"backend {name!r} of op {self.name} must have the reference's signature.\n"
+                f"  reference: {self.name}{self.signature}\n  {path}: {self.name}{inspect.signature(function)}"
             )
         return Backend(self.name, name, function, module)
 
@@ -136,11 +136,11 @@ class Op:
 
 
 def _shape_of(signature: inspect.Signature) -> list[tuple[str, Any, Any]]:
-    """What must agree between a backend and its reference: names, kinds and defaults (annotations may be spelled differently)."""
+    """What must agree between a backend and its reference: names, kinds and defaults, not the annotations' spelling."""
     return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _entry_points(op: str) -> dict[str, str]:
     found = {}
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
@@ -177,7 +177,7 @@ class Tuned:
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def tuning() -> tuple[Tuned, ...]:
     """Every entry of ``tuning/*.json``; the first that covers a site decides its ``auto`` order."""
     entries = []
@@ -208,12 +208,19 @@ def auto(op: Op, site: Site, entries: Sequence[Tuned] | None = None) -> tuple[st
 
 
 class CallSite:
-    """A place in a module where an op is called: ``self.norm = CallSite(ops.layer_norm, shape={"C": C})``, then ``self.norm(x, ...)``.
+    """Where a module calls an op: ``self.norm = CallSite(ops.layer_norm, shape={"C": C})``, then ``self.norm(x, ...)``.
 
     Until :func:`bind` it runs the reference. ``dtype``: a site whose dtype is not the model's compute dtype says so.
     """
 
-    def __init__(self, op: Op, *, shape: Mapping[str, int] = {}, options: Mapping[str, object] = {}, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        op: Op,
+        *,
+        shape: Mapping[str, int] = {},
+        options: Mapping[str, object] = {},
+        dtype: torch.dtype | None = None,
+    ):
         self.op, self.shape, self.options, self.dtype = op, dict(shape), dict(options), dtype
         self.function = op.reference
         self.backend = "reference"
@@ -246,7 +253,7 @@ class Row:
 def call_sites(model: Any) -> Iterator[tuple[str, CallSite]]:
     """(module path, call site) of every place where the model calls an op, in module order.
 
-    model: a module, a list of holders, or any object with a method ``call_sites()`` (an optimizer) that yields the same.
+    model: a module, any object with a method ``call_sites()`` that yields the same (an optimizer), or a list of these.
     """
     if isinstance(model, (list, tuple)):
         for holder in model:
@@ -285,7 +292,11 @@ class Choice:
         return Choice(key, pattern if colon else None, op, phase or None)
 
     def applies(self, path: str, op: str, phase: str) -> bool:
-        return self.op in ("*", op) and self.phase in (None, phase) and (self.pattern is None or fnmatch.fnmatch(path, self.pattern))
+        return (
+            self.op in ("*", op)
+            and self.phase in (None, phase)
+            and (self.pattern is None or fnmatch.fnmatch(path, self.pattern))
+        )
 
     @property
     def rank(self) -> tuple[bool, bool, bool]:
@@ -307,15 +318,18 @@ def bind(
 
     model: as for :func:`call_sites`, so that a model and its optimizer can be bound together.
 
-    choices: ``"triton"`` (that backend for every op that has it, ``auto`` for the rest) or a mapping from ``[PATTERN:]OP[@PHASE]`` to a
-    backend, e.g. ``{"*": "auto", "attention": "sdpa_flash", "blocks.0.*:layer_norm": "my_package.my_norm", "attention@decode": "reference"}``.
-    Raises KernelError, naming every backend's reason, when a chosen backend cannot serve a site, and when a key matches nothing.
+    choices: ``"triton"`` (that backend for every op that has it, ``auto`` for the rest) or a mapping from
+    ``[PATTERN:]OP[@PHASE]`` to a backend, e.g. ``{"*": "auto", "attention": "sdpa_flash", "attention@decode":
+    "reference", "blocks.0.*:layer_norm": "my_package.my_norm"}``.
+    Raises KernelError, naming every backend's reason, when a chosen backend cannot serve a site, and when a key
+    matches nothing.
     """
     machine = machine or Machine.here()
     mapping = {"*": choices} if isinstance(choices, str) else dict(choices)
     # the more specific key wins; of two equally specific ones, the later
     parsed = sorted(enumerate(Choice.parse(k) for k in mapping), key=lambda item: (item[1].rank, item[0]), reverse=True)
     used, rows, problems = set(), [], []
+    refused: dict[tuple[Op, str, str], list[Site]] = {}
     sites = list(call_sites(model))
     for path, call in sites:
         for phase in phases:
@@ -326,7 +340,13 @@ def bind(
                 op=call.op.name, machine=machine, name=path, phase=phase, dtype=call.dtype or dtype, shape=call.shape,
                 options=call.options, compiled=compiled, deterministic=deterministic,
             )  # fmt: skip
-            if choice is not None and choice.op == "*" and name != "auto" and "." not in name and name not in call.op.backends():
+            if (
+                choice is not None
+                and choice.op == "*"
+                and name != "auto"
+                and "." not in name
+                and name not in call.op.backends()
+            ):
                 backend, why = auto(call.op, site)
                 why = f"{call.op.name} has no {name}; {why}"
             elif name == "auto":
@@ -338,10 +358,11 @@ def bind(
                 except KernelError as error:
                     reason = str(error)
                 if reason is not None:
-                    problems.append(_refusal(call.op, site, name, reason))
+                    refused.setdefault((call.op, name, reason), []).append(site)
                     continue
             call.bound[phase] = call.op.load(backend)
             rows.append(Row(path, call.op.name, phase, backend, why))
+    problems += [_refusal(op, name, reason, places) for (op, name, reason), places in refused.items()]
     unused = [key for key in mapping if key not in used and key != "*"]
     if unused and sites:
         known = sorted({call.op.name for _, call in sites})
@@ -350,21 +371,26 @@ def bind(
             f"(keys are [PATTERN:]OP[@PHASE], PATTERN over module paths such as {sites[-1][0]!r})"
         )
     if problems:
-        raise KernelError("\n".join(dict.fromkeys(problems)))
-    training = all(m.training for m in (model if isinstance(model, (list, tuple)) else [model]) if isinstance(m, torch.nn.Module))
+        raise KernelError("\n".join(problems))
+    holders = model if isinstance(model, (list, tuple)) else [model]
+    training = all(m.training for m in holders if isinstance(m, torch.nn.Module))
     enter(model, "train" if training and "train" in phases else phases[0])
     return rows
 
 
-def _refusal(op: Op, site: Site, name: str, reason: str) -> str:
-    lines = [f"{op.name}={name} was chosen and cannot serve {site.name or 'this site'} ({site.phase}, {site.device}): {reason}"]
+def _refusal(op: Op, name: str, reason: str, places: Sequence[Site]) -> str:
+    """A choice that cannot be met for one reason, wherever that is, and what every backend says to the first place."""
+    site, names = places[0], list(dict.fromkeys(p.name for p in places))
+    phases = ", ".join(dict.fromkeys(p.phase for p in places))
+    where = f"{names[0] or 'this site'}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+    lines = [f"{op.name}={name} was chosen and cannot serve {where} ({phases}; {site.device}): {reason}"]
     for other, why in op.why_not(site, extra=[name]).items():
         lines.append(f"    {other:<16} {'can' if why is None else why}")
     return "\n".join(lines)
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The kernel table as text; call sites that differ only by layer number and agree in everything else share a line."""
+    """The kernel table as text; call sites that differ only by layer number share a line."""
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     for row in rows:
         site = ".".join("*" if part.isdigit() else part for part in row.site.split(".")) or "model"

@@ -1,7 +1,7 @@
 """The facts a backend judges before it says yes: which machine, and which place in which model.
 
-Both are plain values, so a plan for an H100 can be made on a laptop: build ``Machine(device="cuda", arch="sm_90", ...)`` and
-bind against it. Backends read these and never ask ``torch.cuda``.
+Both are plain values, so a plan for an H100 can be made on a laptop: build ``Machine(device="cuda", arch="sm_90",
+...)`` and bind against it. Backends read these and never ask ``torch.cuda``.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 
 PHASES = ("train", "eval", "prefill", "decode")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _installed(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -30,8 +30,8 @@ def _installed(package: str) -> str | None:
 class Machine:
     """A device and what is installed beside it.
 
-    device: "cpu" or "cuda". arch: "sm_90" for a GPU, ``platform.machine()`` for a CPU. name: the marketing name, for records.
-    interpreted: Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), hence on CPU tensors.
+    device: "cpu" or "cuda". arch: "sm_90" for a GPU, ``platform.machine()`` for a CPU. name: the marketing name, for
+    records. interpreted: Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), hence on CPU tensors.
     packages: distribution name → version; None means "ask this Python installation".
     """
 
@@ -61,7 +61,8 @@ class Machine:
 
 
 def interpreting() -> bool:
-    """Whether ``@triton.jit`` functions run in Triton's interpreter: the variable Triton itself reads when it decorates."""
+    """Whether ``@triton.jit`` functions run in Triton's interpreter: the variable Triton itself reads when it
+    decorates."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
@@ -70,9 +71,9 @@ class Site:
     """One call site of one op, in one phase: everything a backend may base its answer on.
 
     name: the module's path in the model, e.g. "blocks.0.attention". phase: one of PHASES.
-    shape: the sizes known before the first batch, by their letter (D, H, G, C, V, ...); sizes that vary (B, T) may be absent.
-    options: the op's own options at this place (causal, window, documents, dropout, ...).
-    compiled: the call happens inside a torch.compile graph. deterministic: bitwise repeatable results are required.
+    shape: the sizes known before the first batch, by their letter (D, H, G, C, V, ...); sizes that vary (B, T) may be
+    absent. options: the op's own options at this place (causal, window, documents, dropout, ...). compiled: the call
+    happens inside a torch.compile graph. deterministic: bitwise repeatable results are required.
     """
 
     op: str
@@ -110,7 +111,7 @@ def triton_unavailable(site: Site) -> str | None:
         return None
     if not site.machine.interpreted:
         return (
-            f"Triton compiles for GPUs and this site is on {site.device}; use a GPU, or set TRITON_INTERPRET=1 to run it in "
-            "Triton's interpreter (exact, very slow)"
+            f"Triton compiles for GPUs and this site is on {site.device}; use a GPU, or set TRITON_INTERPRET=1 to run "
+            "it in Triton's interpreter (exact, very slow)"
         )
     return None

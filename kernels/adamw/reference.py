@@ -1,4 +1,4 @@
-"""adamw: one optimizer step over a list of tensors, in place (decoupled weight decay; Loshchilov & Hutter, arXiv:1711.05101).
+"""adamw: one optimizer step over a list of tensors, in place, with decoupled weight decay (arXiv:1711.05101).
 
 With g = grad · grad_scale, t = step, for each tensor, unless skip:
     m ← β1 m + (1 - β1) g          v ← β2 v + (1 - β2) g²
@@ -27,9 +27,9 @@ def adamw(
 ) -> None:
     """params, exp_avgs, exp_avg_sqs: fp32 masters and moments, updated in place; grads: fp32 or the copies' dtype.
 
-    copies: the compute-dtype working copies, one for each param, or an empty list when the params themselves are computed with.
-    lr, step (1 for the first step), grad_scale (the clip coefficient): () fp32 tensors on the device; skip: () fp32, nonzero leaves
-    everything as it was. Nothing is read back by the host.
+    copies: the compute-dtype working copies, one for each param, or an empty list when the params are computed with.
+    lr, step (1 for the first step), grad_scale (the clip coefficient): () fp32 tensors on the device; skip: () fp32,
+    nonzero leaves everything as it was. Nothing is read back by the host.
     """
     keep = skip == 0
     correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step

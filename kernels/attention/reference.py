@@ -1,11 +1,12 @@
 """attention: softmax(scale · Q Kᵀ) V, causal, grouped, over documents.
 
-Shapes: B batch, Tq queries, Tk keys, H query heads, G key/value heads (H a multiple of G; query head h reads head h // (H // G)), D head width.
+Shapes: B batch, Tq queries, Tk keys, H query heads, G key/value heads (H a multiple of G; query head h reads head
+h // (H // G)), D head width.
 
-Query i of row b sees key j when all of these hold, with p = i + Tk - Tq its position (queries are the last Tq positions):
+Query i of row b sees key j when all of these hold, with p = i + Tk - Tq its position (queries are the last Tq ones):
     causal     j ≤ p
     window     window == 0, or p - j < window
-    documents  seq_start is None, or j ≥ seq_start[b, i]      (seq_start: where the document of that query starts, in key positions)
+    documents  seq_start is None, or j ≥ seq_start[b, i], the key position where that query's document starts
 A query that sees no key gives zeros, and so does its gradient.
 """
 
@@ -30,7 +31,7 @@ def attention(
     """q (B, Tq, H, D), k and v (B, Tk, G, D) → (B, Tq, H, D) in q's dtype.
 
     seq_start (B, Tq) int32 or None; scale defaults to 1/√D; softcap c > 0 replaces a score s by c·tanh(s/c);
-    dropout: probability of dropping an attention weight, with ``seed`` () int64 on the device so that a call is repeatable.
+    dropout: probability of dropping an attention weight, with ``seed`` () int64 on the device: a call is repeatable.
     Scores and softmax are computed in fp32 (fp64 for fp64 input).
     """
     B, Tq, H, D = q.shape
@@ -62,8 +63,8 @@ def attention(
 def keep_mask(shape: torch.Size, dropout: float, seed: Tensor) -> Tensor:
     """Bernoulli(1 - dropout) of ``shape``, a pure function of the device tensor ``seed`` and the element's index.
 
-    A 32-bit integer hash (two rounds of multiply-xorshift) per element: no generator state, so it is equal under compile, recompute
-    and any launch order.
+    A 32-bit integer hash (two rounds of multiply-xorshift) per element: no generator state, so it is equal under
+    compile, recompute and any launch order.
     """
     index = torch.arange(math.prod(shape), device=seed.device, dtype=torch.int64)
     x = (index ^ (seed * 0x9E3779B1)) & 0xFFFFFFFF

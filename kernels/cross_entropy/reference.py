@@ -1,7 +1,7 @@
 """cross_entropy: -log softmax(logits)[target] for each row, over the real vocabulary only.
 
-With z = softcapped logits of the first ``vocab_size`` columns (later columns are padding for the GEMM: never in the loss, gradient zero),
-lse = log Σ exp z, V = vocab_size, ε = label_smoothing:
+With z = softcapped logits of the first ``vocab_size`` columns (later columns are padding for the GEMM: never in the
+loss, gradient zero), lse = log Σ exp z, V = vocab_size, ε = label_smoothing:
     loss = (1 - ε)(lse - z[target]) + ε (lse - mean(z)) + z_loss · lse²,      0 for a row whose target is ignore_index.
 """
 
@@ -18,9 +18,9 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """logits (N, Vp) with Vp ≥ vocab_size, targets (N,) int64 in [0, vocab_size) or ignore_index → losses (N,) fp32 (fp64 for fp64).
+    """logits (N, Vp) with Vp ≥ vocab_size, targets (N,) int64 in [0, vocab_size) or ignore_index → losses (N,).
 
-    softcap c > 0 replaces a logit z by c·tanh(z/c). The caller reduces: ``losses.sum() / count``.
+    Losses are fp32 (fp64 for fp64). softcap c > 0 replaces a logit z by c·tanh(z/c). The caller reduces: ``losses.sum() / count``.
     """
     z = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     if softcap > 0.0:

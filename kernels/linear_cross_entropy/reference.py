@@ -1,7 +1,7 @@
 """linear_cross_entropy: the head's GEMM and its loss in one op, so that the (N, V) logits need never exist at once.
 
-loss = Σ over rows of cross_entropy(x Wᵀ). The weight comes in master precision and is cast to x's dtype inside, so that its gradient is
-accumulated and returned in the weight's own dtype (a compute-dtype leaf would round it).
+loss = Σ over rows of cross_entropy(x Wᵀ). The weight comes in master precision and is cast to x's dtype inside, so that
+its gradient is accumulated and returned in the weight's own dtype (a compute-dtype leaf would round it).
 """
 
 import torch
@@ -24,7 +24,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """x (N, C), weight (Vp, C), targets (N,) int64 → the sum of the rows' losses, () fp32 (fp64 for fp64).
 
-    chunk: rows whose logits exist at one time, for backends that chunk; 0 lets them choose. It never changes the mathematics.
+    chunk: rows whose logits exist at one time, for backends that chunk; 0 lets them choose. The result is the same.
     with_grad: False promises that no gradient will be asked for, so that evaluation pays for no gradient GEMM.
     The other options are cross_entropy's.
     """
