@@ -244,7 +244,7 @@ def test_a_vocabulary_too_small_for_the_data_is_refused(data, tmp_path):
 
 def test_kernel_choices_reach_the_call_sites_and_the_checkpoint(data, tmp_path):
     config = dataclasses.replace(
-        config_for(data, tmp_path, train_steps=1), kernels=KernelsConfig(attention="sdpa", override=("blocks.1.*:attention=reference",))
+        config_for(data, tmp_path, train_steps=1, model_dropout=0.0), kernels=KernelsConfig(attention="sdpa", override=("blocks.1.*:attention=reference",))
     )
     train.main(config, Reporter(quiet=True))
     rows = checkpoint.newest(tmp_path, pytest.fail).meta["kernels"]
