@@ -211,7 +211,7 @@ class _Job:
             kept = sum(len(entries) for entries in state["splits"].values())
             self.say(f"{self.out} holds an unfinished preparation with {kept} finished shards: going on from there")
             return True
-        if overwrite:
+        if overwrite or not any(state["splits"].values()):  # without a finished shard there is nothing to mix up
             return False
         differences = "; ".join(_difference(key, before, now) for key, (before, now) in differing.items())
         raise DataError(

@@ -261,8 +261,8 @@ def _saved(folder: Path) -> Tokenizer:
     tokenizer = Tokenizer(_parse(data, path), kind, digest, eot)
     if tokenizer.identity != identity:
         raise DataError(
-            f"{identity_path} says {identity}, the tokenizer beside it is {tokenizer.identity}: one of them was changed "
-            "or damaged. Restore it, or prepare the data again."
+            f"{identity_path} says {identity}, the tokenizer beside it is {tokenizer.identity}: one of them was "
+            "changed or damaged. Restore it, or prepare the data again."
         )
     return tokenizer
 

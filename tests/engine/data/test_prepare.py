@@ -322,6 +322,17 @@ def test_two_at_once(source, tmp_path):
     assert is_prepared(out)
 
 
+def test_a_run_that_failed_before_its_first_shard_leaves_nothing_to_care_about(source, tmp_path):
+    good = source.read_text()
+    source.write_text("{broken\n" + good)
+    with pytest.raises(DataError, match=":1: not valid JSON"):
+        run(source, tmp_path / "out")
+    source.write_text(good)
+    run(source, tmp_path / "out")
+    run(source, tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 # ---- interruption
 
 
@@ -498,7 +509,10 @@ def test_a_real_kill_with_workers(slow, tmp_path):
         time.sleep(0.02)
     assert not alive_in_session(killed.pid), "its workers outlived it"
     assert not is_prepared(out)
-    kept = {path.name: path.stat().st_mtime_ns for path in out.glob(".partial/*.bin")}
+    entered = json.loads((out / ".partial/progress.json").read_text())["splits"]
+    kept = {entry["shard"]["file"]: 0 for entries in entered.values() for entry in entries}
+    assert len(kept) >= 2
+    kept = {name: (out / ".partial" / name).stat().st_mtime_ns for name in kept}
     assert start(slow, out, 2).wait(60) == 0
     assert content(out) == content(whole)
     assert all((out / name).stat().st_mtime_ns == mtime for name, mtime in kept.items()), (
