@@ -19,6 +19,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -134,6 +135,7 @@ def _expected(error: Exception) -> str | None:
         ("tritium.engine.data.errors", "DataError"),
         ("tritium.engine.checkpoint", "CheckpointError"),
         ("tritium.engine.generate", "GenerateError"),
+        ("tritium.engine.hf", "HFError"),
     )
     known = [getattr(sys.modules[module], name, None) for module, name in places if module in sys.modules]
     if isinstance(error, (ConfigError, *(k for k in known if k is not None))):
@@ -330,7 +332,9 @@ class LiveReporter(Reporter):
             return line
         moved = dataclasses.replace(p, eta_s=max(0.0, p.eta_s - (now - self._since)) if p.step < p.steps else p.eta_s)
         line.add_row(self._spinner, self._text(progress_line(moved)))
-        return self._group(self._bar(total=max(1, p.steps), completed=p.step), line)
+        bar = self._table.grid(expand=True)  # a bar ends without a line break, a row with one
+        bar.add_row(self._bar(total=max(1, p.steps), completed=p.step))
+        return self._group(bar, line)
 
     def write(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -572,11 +576,12 @@ def _load(run: str, device: str, precision: str, kernels: str, phases: Sequence[
         )
     place = torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
     folder = pathlib.Path(run)
-    if (folder / "model.safetensors").is_file():
+    if folder.suffix == ".safetensors" or any(folder.glob("*.safetensors*")):
         from tritium.engine import hf
 
-        model = hf.load_gpt2(folder).to(place).eval()
-        tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else "gpt2")
+        model = hf.load_gpt2(folder).to(place)
+        beside = folder if folder.is_dir() else folder.parent
+        tokenizer = load_tokenizer(beside if (beside / "tokenizer.json").is_file() else "gpt2")
         loaded = Loaded(model, tokenizer, place, None, False, f"GPT-2 weights of {folder}")
     else:
         restored = checkpoint.load_run(folder, place.type, lambda text: print(f"warning: {text}", file=sys.stderr))
@@ -738,10 +743,11 @@ def _export(argv: list[str]) -> int:
     from tritium.engine import hf
 
     loaded = _load(options.run, "cpu", "fp32", "auto", ("eval",))
-    folder = pathlib.Path(options.folder)
-    hf.export_gpt2(loaded.model, folder)
-    loaded.tokenizer.save(folder)
-    print(f"exported {loaded.about} to {folder}")
+    with tempfile.TemporaryDirectory() as temporary:
+        loaded.tokenizer.save(temporary)
+        files = sorted(pathlib.Path(temporary).iterdir())
+        hf.export_gpt2(loaded.model, options.folder, tokenizer_files=files, eos_token_id=loaded.tokenizer.eot)
+    print(f"exported {loaded.about} to {options.folder}")
     return 0
 
 

@@ -369,7 +369,38 @@ def test_prepare_without_out_uses_the_folder_train_looks_into(tritium, tmp_path)
     assert is_prepared(data_folder(config))
 
 
-# --------------------------------------------------------------------------------------------------- sample, evaluate
+# ----------------------------------------------------------------------------------------- train, sample, evaluate
+
+
+def test_a_run_from_text_to_text(tritium, tmp_path):
+    """The whole path a user takes, on real functions: train, continue, sample, evaluate."""
+    lines = (
+        f"the {a} {b} the {c}" for a in ("cat", "dog") for b in ("sees", "likes", "hears") for c in ("bird", "cow") * 9
+    )
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{line} {i}"}}\n' for i, line in enumerate(lines)))
+    flags = (
+        "--data.sources text.jsonl --data.tokenizer bytes --data.val_fraction 0.1 --model.n-layer 1 --model.n-embd 16"
+    )
+    flags += " --model.n-head 2 --model.block_size 16 --train.batch-rows 4 --train.micro-rows 2 --train.compile=false"
+    flags += " --run.save-every 2 --train.steps 6 --train.device cpu --train.eval-every 3 --train.log-every 2 --run.no-tensorboard"
+    status, out, err = tritium("train", "tiny", *flags.split())
+    assert status == 1, err  # six steps do not beat the bigram model, which tiny requires
+    assert "does NOT beat the bigram model" in out
+    assert re.search(r"^step 6/6 \| loss \d\.\d+", out, re.M)
+    for name in ("sample.txt", "loss.png", "metrics.jsonl", "checkpoints/step_00000006"):
+        assert (tmp_path / "runs/tiny" / name).exists()
+        assert f"runs/tiny/{name}" in out
+    status, out, err = tritium("train", "runs/tiny", "--train.steps", 8, "--run.no-require-bigram")
+    assert status == 0, err
+    assert "resumed from runs/tiny/checkpoints/step_00000006 at step 6" in out
+    assert re.search(r"^step 8/8 ", out, re.M)
+    status, _, err = tritium("train", "runs/tiny", "--model.n_layer", 2)
+    assert status == 1
+    assert "model.n_layer: 1 → 2" in err
+    assert tritium("sample", "runs/tiny", "--prompt", "the", "--tokens", 5)[1].startswith("the")
+    status, out, err = tritium("evaluate", "runs/tiny")
+    assert status == 0, err
+    assert "nats per token" in out
 
 
 @pytest.fixture(scope="module")
@@ -501,6 +532,31 @@ def test_evaluate_shows_the_figures_of_the_function(tritium, run_folder):
     assert "does NOT beat the bigram model" in out
 
 
+def test_exported_weights_sample_the_same_and_load_in_transformers(tritium, run_folder, tmp_path):
+    import torch
+    import transformers
+
+    status, out, _ = tritium("export", run_folder, "gpt2")
+    assert status == 0
+    assert "exported small, step 7" in out
+    ask = ("--prompt", "abc", "--tokens", 8)
+    assert tritium("sample", "gpt2", *ask)[1] == tritium("sample", run_folder, *ask)[1]
+    data = run_folder.parents[1] / "data"
+    ours = tritium("evaluate", run_folder)[1].splitlines()[1:]
+    assert tritium("evaluate", "gpt2", "--data", data)[1].splitlines()[1:] == ours
+    status, _, err = tritium("evaluate", "gpt2")
+    assert status == 1
+    assert "--data" in err
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
+    from tritium.engine.checkpoint import load_run
+
+    ids = torch.arange(16)[None]
+    assert torch.allclose(theirs(ids).logits, load_run(run_folder).model(ids), atol=1e-4)
+    status, _, err = tritium("export", run_folder, "gpt2")
+    assert status == 1
+    assert "not empty" in err
+
+
 def test_evaluate_refuses_shards_of_another_tokenizer(tritium, run_folder, tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(f'{{"text": "some text {i}"}}\n' for i in range(20)))
     assert tritium("prepare", "t.jsonl", "--tokenizer", "bpe:260", "--out", "other", "--val-fraction", "0.3")[0] == 0
@@ -578,7 +634,7 @@ def test_kernels_check_gives_a_verdict_and_a_status(tritium, tmp_path):
     package = tmp_path / "my_kernels"
     package.mkdir()
     (package / "__init__.py").touch()
-    good = "import torch.nn.functional as F\n\ndef gelu(x, approximate='tanh'):\n    return F.gelu(x, approximate=approximate)\n"
+    good = "import torch.nn.functional as F\ndef gelu(x, approximate='tanh'): return F.gelu(x, approximate=approximate)"
     (package / "good.py").write_text(good)
     (package / "bad.py").write_text(good.replace("=approximate)", "=approximate) * 1.02"))
     path = list(sys.path)
