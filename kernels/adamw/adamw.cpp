@@ -10,8 +10,8 @@ namespace {
 constexpr int64_t CHUNK = 32768;
 
 struct Step {
-  float beta1, beta2, eps;
-  float decay, rate, unbias;  // 1 - lr·λ, lr / (1 - β1ᵗ), 1 / √(1 - β2ᵗ)
+  float rest1, beta2, rest2, eps;  // 1 - β1, β2, 1 - β2, each rounded once: 1 - (float)0.999 would be 1e-5 off
+  float decay, rate, unbias;       // 1 - lr·λ, lr / (1 - β1ᵗ), 1 / √(1 - β2ᵗ)
   float grad_scale;
 };
 
@@ -21,8 +21,8 @@ TRITIUM_INLINE void update(float* __restrict p, S* __restrict copy, const G* __r
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const float g = load(grad + i) * s.grad_scale;
-    const float mean = m[i] + (1.0f - s.beta1) * (g - m[i]);
-    const float square = s.beta2 * v[i] + (1.0f - s.beta2) * g * g;
+    const float mean = m[i] + s.rest1 * (g - m[i]);
+    const float square = s.beta2 * v[i] + s.rest2 * g * g;
     const float value = p[i] * s.decay - s.rate * mean / (std::sqrt(square) * s.unbias + s.eps);
     m[i] = mean;
     v[i] = square;
@@ -44,8 +44,9 @@ TRITIUM_EXPORT(void, adamw)(int64_t tensors, int has_copies, const int64_t* size
                             int threads) {
   if (*skip != 0.0f) return;
   const double t = *step, rate = *lr;
-  const Step s{(float)beta1,
+  const Step s{(float)(1.0 - beta1),
                (float)beta2,
+               (float)(1.0 - beta2),
                (float)eps,
                (float)(1.0 - rate * weight_decay),
                (float)(rate / (1.0 - std::pow(beta1, t))),

@@ -14,6 +14,8 @@ from tritium.kernels.autograd import update_op
 from tritium.kernels.lib import native
 from tritium.kernels.site import Site
 
+DETERMINISTIC = True  # elements are independent
+
 _step = native.Function("adamw", "li pppppppp pppp dddd pi")
 
 

@@ -12,6 +12,8 @@ from tritium.kernels.autograd import differentiable
 from tritium.kernels.lib import native
 from tritium.kernels.site import Site
 
+DETERMINISTIC = True  # rows are independent
+
 # logits dtype, address, row stride; targets; N, Vp; vocab_size, ignore_index, label_smoothing, z_loss, softcap; ...
 _forward = native.Function("cross_entropy_forward", "ipl p ll llfff pp i", "l")
 _backward = native.Function("cross_entropy_backward", "ipl p ll llfff p pl p i", "l")

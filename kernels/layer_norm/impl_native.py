@@ -12,6 +12,8 @@ from tritium.kernels.autograd import differentiable
 from tritium.kernels.lib import native
 from tritium.kernels.site import Site
 
+DETERMINISTIC = True  # at any number of threads
+
 _forward = native.Function("layer_norm_forward", "ii pl pp ppp ll f i")
 _backward = native.Function("layer_norm_backward", "ii plpl p pp p pp pl ll i")
 

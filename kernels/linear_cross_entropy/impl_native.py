@@ -19,6 +19,8 @@ from tritium.kernels.cross_entropy.impl_native import losses_and_lse, losses_in_
 from tritium.kernels.lib import native
 from tritium.kernels.site import Site
 
+DETERMINISTIC = True  # at a fixed number of threads, as torch's GEMMs are
+
 CHUNK_BYTES = 128 * 2**20  # of logits: so large that adding up dW costs little beside the GEMMs
 
 
