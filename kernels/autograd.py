@@ -1,8 +1,8 @@
 """``differentiable``: one definition of forward and backward gives a fast eager path and a custom op under compile.
 
 A ``torch.library`` custom op costs tens of microseconds a call, so plain eager training bypasses it through an
-autograd.Function. Everything that must *see* the op gets the registered one: torch.compile, fake tensors, FLOP counters,
-selective checkpointing, and tensor subclasses.
+autograd.Function. Everything that must *see* the op gets the registered one: torch.compile, fake tensors, FLOP
+counters, selective checkpointing, and tensor subclasses.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 NAMESPACE = "tritium"
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -105,6 +106,7 @@ def differentiable(
             return results[0] if outputs == 1 else results[:outputs]
 
         @staticmethod
+        @once_differentiable  # backward may be plain torch, whose second derivative would miss what forward saved
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             return place(ctx, backward(*unstash(ctx, grads)))
 

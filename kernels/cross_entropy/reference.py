@@ -20,7 +20,8 @@ def cross_entropy(
 ) -> Tensor:
     """logits (N, Vp) with Vp ≥ vocab_size, targets (N,) int64 in [0, vocab_size) or ignore_index → losses (N,).
 
-    Losses are fp32 (fp64 for fp64). softcap c > 0 replaces a logit z by c·tanh(z/c). The caller reduces: ``losses.sum() / count``.
+    Losses are fp32 (fp64 for fp64).
+    softcap c > 0 replaces a logit z by c·tanh(z/c). The caller reduces: ``losses.sum() / count``.
     """
     z = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     if softcap > 0.0:

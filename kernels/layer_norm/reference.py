@@ -8,7 +8,9 @@ from torch import Tensor
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """x (..., C), weight (C,), bias (C,) or None → (..., C) in x's dtype.
 
-    var is the biased variance; statistics in fp32. weight and bias may be wider than x (fp32 beside bf16): they are applied in fp32 before the result is rounded.
+    var is the biased variance; statistics in fp32.
+    weight and bias may be wider than x (fp32 beside bf16): they are applied in fp32 before
+    the result is rounded.
     """
     if weight.dtype == x.dtype:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
