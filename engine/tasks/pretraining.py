@@ -39,7 +39,7 @@ class Pretraining:
         return model(batch.ids, batch.targets, batch.seq_start)
 
     def evaluate(self, model: torch.nn.Module, device: torch.device, limit_tokens: int = 0) -> dict[str, float]:
-        """Nats per token and bits per byte of text over the first ``limit_tokens`` validation tokens (0: all)."""
+        """Nats per token and bits per byte of text over about ``limit_tokens`` validation tokens, evenly spaced windows (0: all)."""
         from tritium.engine.evaluate import validation_loss
 
         c = self.config
