@@ -236,12 +236,8 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        found = (
-            ", only .bin files, which may run code when read; convert them to safetensors"
-            if any(folder.glob("*.bin"))
-            else ""
-        )
-        raise HFError(f"{folder} holds no {WEIGHTS}: there are no weights to load{found}")
+        only = ", only .bin files, which may run code when read; convert them" if any(folder.glob("*.bin")) else ""
+        raise HFError(f"{folder} holds no {WEIGHTS}: there are no weights to load{only}")
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
