@@ -33,7 +33,8 @@ def flops_per_token(config: GPTConfig, T: int | None = None, convention: Literal
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, N: int, C: int, F: int, seconds: float = 0.5) -> float:
     """FLOP/s of (N, C) @ (C, F) here and now: the median over repeats that fill about ``seconds`` after a warm-up."""
-    x, w = torch.randn(N, C, device=device, dtype=dtype), torch.randn(F, C, device=device, dtype=dtype)
+    draw = torch.Generator(device).manual_seed(0)  # its own: measuring must not move the random state of a resumed run
+    x, w = (torch.randn(n, C, device=device, dtype=dtype, generator=draw) for n in (N, F))
     sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     times, end = [], time.perf_counter() + 1.5 * seconds
     while time.perf_counter() < end or len(times) < 5:

@@ -59,3 +59,9 @@ def test_metrics_file_keeps_one_curve_across_a_resume(tmp_path):
     second.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_measuring_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    matmul_rate(torch.device("cpu"), torch.float32, 8, 8, 8, seconds=0.01)
+    assert torch.equal(before, torch.get_rng_state())

@@ -230,9 +230,9 @@ def test_another_model_cannot_continue_and_nothing_is_lost(data, tmp_path):
 
 def test_other_data_cannot_continue(data, tmp_path):
     train.main(config_for(data, tmp_path / "run", train_steps=2), Reporter(quiet=True))
-    (tmp_path / "other.txt").write_text("another corpus, with other words. " * 200)
-    (tmp_path / "more.txt").write_text("one more document for the validation split. " * 50)
-    prepare([tmp_path / "other.txt", tmp_path / "more.txt"], tmp_path / "other", tokenizer="bytes", val_fraction=0.5, say=lambda s: None)
+    lines = [json.dumps({"text": f"another corpus, with other words, document {i}. " * 5}) for i in range(40)]
+    (tmp_path / "other.jsonl").write_text("\n".join(lines))
+    prepare([tmp_path / "other.jsonl"], tmp_path / "other", tokenizer="bytes", val_fraction=0.2, say=lambda s: None)
     with pytest.raises(ConfigError, match="other data"):
         train.main(config_for(tmp_path / "other", tmp_path / "run", train_steps=4), Reporter(quiet=True))
 
