@@ -20,10 +20,16 @@ _step = native.Function("adamw", "li pppppppp pppp dddd pi")
 
 
 def _check(what: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    if (
+        [t.shape for t in tensors] == [p.shape for p in params]
+        and {t.dtype for t in tensors}.issubset(dtypes)
+        and all(t.is_cpu for t in tensors)
+    ):
+        return  # whole lists at once: this runs every step
     if len(tensors) != len(params):
         raise ValueError(f"adamw needs one of {what} for each of the {len(params)} params; there are {len(tensors)}")
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        if tensor.dtype not in dtypes or tensor.device.type != "cpu":
+        if tensor.dtype not in dtypes or not tensor.is_cpu:
             names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(
                 f"adamw native needs {what} in {names} on the CPU; "
