@@ -75,6 +75,14 @@ def seq_start(case: Case) -> torch.Tensor:
     return starts
 
 
+def exact_zeros(case: Case, arguments: dict[str, object]) -> dict[str, torch.Tensor]:
+    """Queries before the first key see nothing: they give zeros, and so does their gradient."""
+    B, Tq, Tk, H, D = (case.shape[letter] for letter in ("B", "Tq", "Tk", "H", "D"))
+    blind = torch.arange(Tq, device=arguments["q"].device) + Tk - Tq < 0
+    blind = (blind & bool(case.options.get("causal", True)))[None, :, None, None].expand(B, Tq, H, D)
+    return {"output": blind, "gradient of q": blind}
+
+
 def visible(case: Case) -> int:
     """The (query, key) pairs, over the whole batch, where the key may be seen."""
     B, Tq, Tk = (case.shape[letter] for letter in ("B", "Tq", "Tk"))
