@@ -458,7 +458,7 @@ class PrepareOptions:
     field: str = "text"
     """Which JSONL field holds the text."""
     separator: str = ""
-    """What separates documents in text files (write \\n for a line break); empty: a file is cut at paragraphs."""
+    """What separates documents in text files (write \\n for a line break); empty: files become pieces of 64 KiB."""
     val_fraction: float = 0.02
     """Fraction of documents held out for validation."""
     seed: int = 0
@@ -776,10 +776,10 @@ class KernelsOptions:
 class CheckOptions:
     """Flags of ``tritium kernels check``."""
 
-    backend: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BACKEND")]
-    """A backend's name, or the module path of your own."""
+    backend: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[BACKEND]")] = ""
+    """A backend's name, or the module path of your own; none: every backend, those that cannot run here are named."""
     op: tuple[str, ...] = ()
-    """Ops to check; none: every op that has this backend (a module path needs an op)."""
+    """Ops to check; none: every op that has the backend (a module path needs an op)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: a GPU when there is one."""
     precision: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16")
@@ -803,7 +803,7 @@ def _kernels(argv: list[str]) -> int:
         )
     about = (
         "Which backends can compute each op, why not, and which one `auto` picks: for every op, or for a preset's. "
-        f"`{command()} kernels check BACKEND --op OP` holds a backend to the contract."
+        f"`{command()} kernels check BACKEND --op OP` holds backends to the contract."
     )
     options = parse(KernelsOptions, argv[1:] if preset else argv, "kernels" + (f" {preset}" if preset else ""), about)
     _find_modules_here([options.kernels])
@@ -918,10 +918,11 @@ def _on_meta(config: Config, dtype: Any) -> list[Any]:
 
 
 def _check_kernels(argv: list[str]) -> int:
+    named = bool(argv) and not argv[0].startswith("-")
     about = (
-        "Hold a backend to the contract: values, gradients, strides, determinism, memory, against the fp64 reference."
+        "Hold backends to the contract: values, gradients, strides, determinism, memory, against the fp64 reference."
     )
-    options = parse(CheckOptions, argv, "kernels check", about, positional=("backend",))
+    options = parse(CheckOptions, argv, "kernels check", about, positional=("backend",) if named else ())
     _find_modules_here([options.backend])
     import torch
 
@@ -931,36 +932,45 @@ def _check_kernels(argv: list[str]) -> int:
     for name in options.op:
         if name not in OPS:
             raise UsageError(f"there is no op {name!r}; the nearest are {_nearest(name, OPS)}. All: {', '.join(OPS)}")
-    ops = [OPS[name] for name in options.op] or [op for op in OPS.values() if options.backend in op.backends()]
-    if not ops:
+    ops = [OPS[name] for name in options.op] or list(OPS.values())
+    if not named:
+        pairs = [(op, backend) for op in ops for backend in op.backends() if backend != "reference"]
+    elif options.op:
+        pairs = [(op, options.backend) for op in ops]
+    else:
+        pairs = [(op, options.backend) for op in ops if options.backend in op.backends()]
+    if named and not pairs:
         known = sorted({name for op in OPS.values() for name in op.backends()})
-        hint = (
+        near = (
             "a module path needs --op"
             if "." in options.backend
             else f"the nearest are {_nearest(options.backend, known)}"
         )
-        raise UsageError(f"no op has a backend {options.backend!r}; {hint}")
+        raise UsageError(f"no op has a backend {options.backend!r}; {near}")
     dtypes = [{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[p] for p in options.precision]
     device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    good = True
-    for op in ops:
+    verdicts = []
+    for op, backend in pairs:
         reports = check_all(
-            op, options.backend, dtypes, device, compiled=options.compile, seed=options.seed, large=options.large
+            op, backend, dtypes, device, compiled=options.compile, seed=options.seed, large=options.large
         )
         print(format_reports(reports))
         count = {status: sum(r.status == status for r in reports) for status in ("passed", "failed", "refused")}
-        holds = count["failed"] == 0 and count["passed"] > 0
-        verdict = (
-            "holds the contract"
-            if holds
-            else "BREAKS the contract"
+        word = (
+            "BREAKS the contract"
             if count["failed"]
-            else "was not tried: it refuses every case"
+            else "holds the contract"
+            if count["passed"]
+            else "refuses every case"
         )
         numbers = ", ".join(f"{n} {status}" for status, n in count.items())
-        print(f"{op.name}.{options.backend} on {device} {verdict} ({numbers})")
-        good = good and holds
-    return 0 if good else 1
+        verdicts.append((f"{op.name}.{backend} on {device} {word} ({numbers})", count))
+        print(verdicts[-1][0], flush=True)
+    if len(verdicts) > 1:
+        print("\n" + "\n".join(line for line, _ in verdicts))
+    failed = any(count["failed"] for _, count in verdicts)
+    tried = all(count["passed"] for _, count in verdicts) if named else any(count["passed"] for _, count in verdicts)
+    return 0 if tried and not failed else 1  # a backend asked for by name must have been tried
 
 
 # --------------------------------------------------------------------------------------------------------------- bench

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tritium.engine import cli, presets
 from tritium.engine.config import Config, ConfigError
 from tritium.engine.report import Reporter
 
+ROOT = pathlib.Path(__file__).parents[2]
 TRITIUM = [sys.executable, "-m", "tritium.engine.cli"]
 
 
@@ -107,6 +109,34 @@ def test_train_without_preset_lists_them(tritium):
     assert status == 2
     for name in presets.names():
         assert re.search(rf"^  {name} +\w", err, re.M)
+
+
+def test_every_command_of_the_readme_is_understood():
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^tritium [^\n#]+|`(?:tritium [^`]+)`", readme, re.M)
+    options = {"prepare": cli.PrepareOptions, "sample": cli.SampleOptions, "evaluate": cli.EvaluateOptions}
+    options |= {"kernels": cli.KernelsOptions, "export": cli.ExportOptions}
+    positional = {"prepare": ["sources"], "sample": ["run"], "evaluate": ["run"], "export": ["run", "folder"]}
+    seen = set()
+    for text in commands:
+        _, verb, *rest = shlex.split(text.strip("`"))
+        seen.add(verb)
+        if verb == "train":
+            assert rest[0] in (*presets.names(), "PRESET", "runs/tiny"), text
+            cli.normalise(rest[1:], Config)
+        elif rest[:1] == ["check"]:
+            cli.normalise(rest[1:], cli.CheckOptions, ["backend"])
+        elif verb in options:
+            cli.normalise(
+                rest[1:] if verb == "kernels" and rest[:1] == ["tiny"] else rest,
+                options[verb],
+                positional.get(verb, []),
+            )
+    assert seen == set(cli.VERBS)
+    for path in re.findall(r"`((?:engine|kernels|tests|benchmarks|docs)/[\w/.]+)`", readme):
+        assert (ROOT / path).exists() or path == "kernels/OP/impl_NAME.py", path
+    for name in presets.names():
+        assert f"`{name}`" in readme
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -202,6 +232,7 @@ def test_flag_forms(tritium, trained, argv):
         (["--model.bias", "False"], "model", "bias", False),
         (["--model.no-bias", "--model.bias"], "model", "bias", True),
         (["--model.qk_norm"], "model", "qk_norm", True),
+        (["--model.qk_norm", "True"], "model", "qk_norm", True),
         (["--train.compile", "false"], "train", "compile", "false"),
         (["--train.seed", "-3"], "train", "seed", -3),
         (["--data.field="], "data", "field", ""),
@@ -382,7 +413,8 @@ def test_a_run_from_text_to_text(tritium, tmp_path):
         "--data.sources text.jsonl --data.tokenizer bytes --data.val_fraction 0.1 --model.n-layer 1 --model.n-embd 16"
     )
     flags += " --model.n-head 2 --model.block_size 16 --train.batch-rows 4 --train.micro-rows 2 --train.compile=false"
-    flags += " --run.save-every 2 --train.steps 6 --train.device cpu --train.eval-every 3 --train.log-every 2 --run.no-tensorboard"
+    flags += " --train.steps 6 --train.device cpu --train.eval-every 3 --train.log-every 2"
+    flags += " --run.no-tensorboard --run.save-every 2"
     status, out, err = tritium("train", "tiny", *flags.split())
     assert status == 1, err  # six steps do not beat the bigram model, which tiny requires
     assert "does NOT beat the bigram model" in out
@@ -654,3 +686,17 @@ def test_kernels_check_gives_a_verdict_and_a_status(tritium, tmp_path):
         assert "my_kernels.none" in err
     finally:
         sys.path[:] = path
+
+
+def test_kernels_check_without_a_backend_tries_all_of_them(tritium):
+    status, out, err = tritium("kernels", "check", "--op", "rms_norm", "gelu", "--precision", "fp32", "--device", "cpu")
+    verdicts = re.findall(r"^(\w+)\.(\w+) on cpu (holds|refuses|BREAKS)", out, re.M)
+    from tritium.kernels.ops import OPS
+
+    expected = {(op, b) for op in ("rms_norm", "gelu") for b in OPS[op].backends() if b != "reference"}
+    assert {(op, b) for op, b, _ in verdicts} == expected, err
+    tried = any(word == "holds" for _, _, word in verdicts) and not any(word == "BREAKS" for _, _, word in verdicts)
+    assert (status == 0) == tried
+    status, out, _ = tritium("kernels", "check", "apex", "--op", "rms_norm", "--precision", "fp32", "--device", "cpu")
+    assert status == 1  # asked for by name, and could not be tried
+    assert "refuses every case" in out

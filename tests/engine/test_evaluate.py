@@ -141,3 +141,13 @@ def test_another_tokenizer_and_too_small_a_table_are_refused(data, tmp_path):
         evaluate(model, data, CPU, tokenizer=open_dataset(data).tokenizer.identity, T=16, vocab_size=10)
     with pytest.raises(DataError, match="not a prepared data folder"):
         evaluate(model, tmp_path, CPU, tokenizer={}, T=16)
+
+
+def test_only_the_cross_entropy_is_measured():
+    """Label smoothing and z-loss shape the training loss; counted here they would not be bits of text."""
+    plain = validation_loss(network(), batches(), CPU)[0]
+    assert validation_loss(network(label_smoothing=0.2, z_loss=0.1), batches(), CPU)[0] == pytest.approx(
+        plain, rel=1e-6
+    )
+    split = network(label_smoothing=0.2, z_loss=0.1, fused_loss=False)
+    assert validation_loss(split, batches(), CPU)[0] == pytest.approx(plain, rel=1e-6)
