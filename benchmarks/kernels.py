@@ -11,14 +11,13 @@ kernel's work (cases.py: bytes and flops that must be moved and done once) in th
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fnmatch
 import itertools
 import math
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,12 +105,10 @@ class Gate:
 
 
 def call_of(
-    op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str, seed: int, compiled: bool, backward: bool
+    backend: Backend, inputs: Mapping[str, Any], compiled: bool = False, backward: bool = False
 ) -> Callable[[], object]:
-    """One call on inputs of its own, with the backward pass if asked for; ``prepare`` runs outside, as once per
-    micro-batch.
-    """
-    arguments: dict[str, Any] = dict(op.cases.inputs(case, dtype, device, seed))
+    """One call on ``inputs`` (of cases.py), with its backward if asked for; ``prepare`` runs outside, as in a run."""
+    arguments = dict(inputs)
     if backend.prepare is not None and isinstance(arguments.get("seq_start"), Tensor):
         arguments["seq_start"] = backend.prepare(arguments["seq_start"])
     function = torch.compile(backend.function, fullgraph=True, dynamic=False) if compiled else backend.function
@@ -119,13 +116,8 @@ def call_of(
         return lambda: function(**arguments)
     leaves = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
     with torch.no_grad():
-        outputs = _tuple(function(**arguments))
-    upstream = [torch.randn_like(output) for output in outputs]
-
-    def run() -> object:
-        return torch.autograd.grad(_tuple(function(**arguments)), leaves, upstream)
-
-    return run
+        upstream = [torch.randn_like(output) for output in _tuple(function(**arguments))]
+    return lambda: torch.autograd.grad(_tuple(function(**arguments)), leaves, upstream)
 
 
 def _tuple(value: Any) -> tuple[Tensor, ...]:
@@ -163,31 +155,36 @@ def bench_case(
     dtype: torch.dtype,
     request: Request,
     clock: timing.Clock,
+    refused: list[dict[str, str]],
 ) -> Iterator[Measured]:
-    """Time the given (backend, compiled) on one case, interleaved; a round is twice ``inner`` calls of each."""
-    whats = ("update",) if op.updates else ("forward", "forward+backward")
-    for what in whats:
+    """Time the given (backend, compiled) on one case, interleaved; a round is twice ``inner`` calls of each.
+
+    A backend for which the device's memory does not suffice is left out, and ``refused`` says so.
+    """
+    inputs = [op.cases.inputs(case, dtype, request.device, seed) for seed in (0, 1)]
+    for what in ("update",) if op.updates else ("forward", "forward+backward"):
         arms: dict[str, timing.Arm] = {}
         named: dict[str, tuple[Backend, bool]] = {}
         for backend, compiled in backends:
-            backward = what == "forward+backward"
-            sets = [call_of(op, backend, case, dtype, request.device, seed, compiled, backward) for seed in (0, 1)]
-            turn = itertools.cycle(sets)
             key = f"{backend.name}{' compiled' if compiled else ''}"
-            arms[key] = timing.timed(lambda turn=turn: next(turn)(), clock, request.inner)
-            named[key] = (backend, compiled)
-        with torch.enable_grad() if what != "update" else contextlib.nullcontext():
-            for arm in arms.values():
+            try:
+                turn = itertools.cycle([call_of(backend, i, compiled, what == "forward+backward") for i in inputs])
+                arm = timing.timed(lambda turn=turn: next(turn)(), clock, request.inner)  # type: ignore[misc]
                 timing.warm_up(arm, limit_s=20.0)
-            samples = timing.interleave(arms, request.rounds)
+            except torch.OutOfMemoryError:
+                refused.append({"op": op.name, "backend": key, "why": f"{case} {what}: out of memory"})
+                torch.cuda.empty_cache()
+                continue
+            arms[key], named[key] = arm, (backend, compiled)
+        if not arms:
+            continue
+        samples = timing.interleave(arms, request.rounds)
         flops, moved = work(op, case, dtype, what)
         for key, taken in samples.items():
             backend, compiled = named[key]
-            ratio = (
-                None
-                if key == "reference" or "reference" not in samples
-                else timing.speedup(taken, samples["reference"]).to_json()
-            )
+            ratio = None
+            if key != "reference" and "reference" in samples:
+                ratio = timing.speedup(taken, samples["reference"]).to_json()
             low, ms, high = (taken.quantile_ms(q) for q in (0.2, 0.5, 0.8))
             short = str(dtype).removeprefix("torch.").replace("float32", "fp32").replace("bfloat16", "bf16")
             yield Measured(
@@ -224,7 +221,7 @@ def bench_ops(request: Request, gate: Gate, clock: timing.Clock, refused: list[d
                     continue
                 modes = (False, True) if request.compiled and not op.updates else (False,)
                 chosen += [(backend, mode) for mode in modes if gate.admits(op, backend, dtype, mode)]
-            yield from bench_case(op, chosen, case, dtype, request, clock)
+            yield from bench_case(op, chosen, case, dtype, request, clock, refused)
 
 
 def on_device(bench: Bench) -> None:

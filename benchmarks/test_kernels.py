@@ -38,6 +38,6 @@ def test_speed(benchmark, op, name, case, what):
     backend = op.load(name)
     assert GATE.admits(op, backend, DTYPE), "\n".join(GATE.red)
     benchmark.group = f"{op.name} {case} {what}"
-    call = call_of(op, backend, case, DTYPE, DEVICE, 0, False, what == "forward+backward")
+    call = call_of(backend, op.cases.inputs(case, DTYPE, DEVICE, 0), backward=what == "forward+backward")
     synchronize = torch.cuda.synchronize if DEVICE == "cuda" else (lambda: None)
     benchmark.pedantic(lambda: (call(), synchronize()), rounds=5, warmup_rounds=2)

@@ -36,7 +36,7 @@ SHAPES = {
 }  # (T, B)
 VOCAB_SIZE = 4096  # for a preset that takes its vocabulary from the data: what the tiny preset's tokenizer has
 LOSS_STEPS = 3
-LOSS_BOUNDS = {"fp32": (1e-4, 1e-3), "bf16": (2e-3, 1e-2)}  # relative: the first step's loss, and those after an update
+LOSS_BOUNDS = {"fp32": 1e-4, "bf16": 2e-3}  # relative, on every step's loss
 NEAR = 0.05  # a variant this close to its peer's best in the screening is timed as well, up to FINALISTS of a peer
 FINALISTS = 2
 
@@ -226,9 +226,9 @@ def equal_losses(arms: dict[str, tuple[Sequence[float], str]]) -> dict[str, Any]
     (first, (wanted, first_variant)), *rest = arms.items()
     worst, found = 0.0, []
     for key, (losses, variant) in rest:
-        bounds = LOSS_BOUNDS["bf16" if "bf16" in variant or "bf16" in first_variant else "fp32"]
+        bound = LOSS_BOUNDS["bf16" if "bf16" in variant or "bf16" in first_variant else "fp32"]
         for step, (a, b) in enumerate(zip(wanted, losses, strict=True)):
-            relative, bound = abs(a - b) / abs(a), bounds[min(step, 1)]
+            relative = abs(a - b) / abs(a)
             worst = max(worst, relative)
             if not relative <= bound:  # also when it is NaN
                 found.append(

@@ -137,14 +137,13 @@ def why_not_gpt2(model: GPTConfig) -> str | None:
 
 
 def initial_weights(model: GPTConfig, seed: int = 0) -> dict[str, Tensor]:
-    """GPT-2's initialisation in the common naming, fp32 on the CPU; a function of its arguments alone.
+    """Weights in the common naming, fp32 on the CPU; a function of its arguments alone.
 
-    Biases and norms are drawn as well (around 0 and 1), so that an implementation that forgot one of them shows a
-    different loss.
+    Wider than GPT-2's initialisation (3 × its deviation, norms and biases drawn as well), so that an implementation
+    that leaves a part out shows a different loss.
     """
     generator = torch.Generator().manual_seed(seed)
-    C, std = model.n_embd, model.init_std
-    residual_std = std / math.sqrt(2 * model.n_layer)
+    C, std = model.n_embd, 3 * model.init_std
 
     def normal(*shape: int, std: float = std, mean: float = 0.0) -> Tensor:
         return torch.empty(shape).normal_(mean, std, generator=generator)
@@ -153,12 +152,12 @@ def initial_weights(model: GPTConfig, seed: int = 0) -> dict[str, Tensor]:
     for layer in range(model.n_layer):
         h = f"h.{layer}."
         for norm in ("ln_1", "ln_2"):
-            weights[f"{h}{norm}.weight"], weights[f"{h}{norm}.bias"] = normal(C, mean=1.0), normal(C)
+            weights[f"{h}{norm}.weight"], weights[f"{h}{norm}.bias"] = normal(C, std=0.2, mean=1.0), normal(C, std=0.2)
         shapes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
         for name, shape in shapes.items():
-            weights[f"{h}{name}.weight"] = normal(*shape, std=residual_std if name.endswith("c_proj") else std)
-            weights[f"{h}{name}.bias"] = normal(shape[1])
-    weights["ln_f.weight"], weights["ln_f.bias"] = normal(C, mean=1.0), normal(C)
+            narrow = std / math.sqrt(2 * model.n_layer) if name.endswith("c_proj") else std
+            weights[f"{h}{name}.weight"], weights[f"{h}{name}.bias"] = normal(*shape, std=narrow), normal(shape[1])
+    weights["ln_f.weight"], weights["ln_f.bias"] = normal(C, std=0.2, mean=1.0), normal(C, std=0.2)
     return weights
 
 

@@ -35,8 +35,7 @@ def variants(device: str) -> list[Variant]:
     if device == "cuda":
         return [
             Variant("bf16", "high", padded, extra=extra)
-            for padded in (True, False)
-            for extra in (CAUSAL, CAUSAL_OWN_LOSS)
+            for padded, extra in ((True, CAUSAL), (False, CAUSAL), (False, CAUSAL_OWN_LOSS))
         ]
     found = [
         Variant("fp32", "medium", True, extra=""),
@@ -73,6 +72,8 @@ def build(
     """A GPT2LMHeadModel of the model's shape, randomly initialised, ready to train."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    if variant.padded and OWN_LOSS in variant.extra:
+        raise ValueError(f"{variant}: its loss counts the padding of the vocabulary; use padded=False")
     rows = model.padded_vocab_size if variant.padded else model.vocab_size
     config = GPT2Config(
         vocab_size=rows, n_positions=model.block_size, n_embd=model.n_embd, n_layer=model.n_layer, n_head=model.n_head,
