@@ -65,7 +65,7 @@ def trained(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------- help
 
 
-def test_help_loads_no_torch_and_is_quick():
+def test_help_and_mistakes_load_no_torch():
     code = (
         "import sys; from tritium.engine import cli\n"
         "for argv in (['--help'], ['train', 'tiny', '--help'], ['sample', '--help'], ['train', 'tinny'], ['no']):\n"

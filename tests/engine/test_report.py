@@ -134,6 +134,7 @@ def test_live_reporter_updates_in_place_and_leaves_the_last_line(monkeypatch):
     line = r"step 30/400 \| loss 3\.250 \| val 3\.500 \| 1,000 tok/s \| 50% of matmul rate \| ETA "
     assert re.search(line + "(1:00|0:5[0-9])", text)  # counts down between two logged steps
     assert "Once upon" in text
+    assert max(map(len, re.findall("[━╸╺]+", text))) == 120  # the bar, over the whole width
     assert text.rstrip().endswith("ETA 1:40")
     assert "\x1b[2K" in screen.getvalue()  # lines were erased: in place
 
