@@ -82,6 +82,8 @@ def unsupported(site: Site) -> str | None:
         return _DROPOUT
     if site.shape.get("D", 8) > 256:
         return f"flash-attn takes heads of at most 256 channels, this has D={site.shape['D']}; choose sdpa"
+    if site.option("documents") and site.compiled:
+        return "flash-attn's kernel takes the number of documents from the host, which one graph cannot; choose flex"
     if site.option("documents") and (not site.option("causal", True) or site.shape.get("Tq") != site.shape.get("Tk")):
         return _DOCUMENTS
     if 0 in (site.shape.get("B"), site.shape.get("Tq"), site.shape.get("Tk")):

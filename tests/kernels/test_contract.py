@@ -14,7 +14,7 @@ from tritium.kernels.op import Backend, Op
 from tritium.kernels.site import Machine
 
 FP32, BF16 = torch.float32, torch.bfloat16
-# what a CPU without Triton's interpreter can run, by the facts and not by what the backends say: a refusal here is a failure
+# what a CPU can run without Triton's interpreter, by the facts and not by what backends say: no refusals here
 RUNS = {
     "attention": {"sdpa", "sdpa_flash"},
     "adamw": {"torch_fused"},
