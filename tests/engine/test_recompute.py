@@ -1,0 +1,200 @@
+import dataclasses
+import weakref
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tritium.engine import recompute
+from tritium.engine.config import ConfigError
+from tritium.engine.model import GPT, GPTConfig, call
+from tritium.kernels import op
+
+T = 16
+SMALL = GPTConfig(vocab_size=61, vocab_multiple=16, block_size=T, n_layer=3, n_head=4, n_embd=32, init_std=0.2)
+LLAMA = dataclasses.replace(
+    SMALL, position="rope", norm="rms_norm", activation="swiglu", n_kv_head=2, qk_norm=True, tie_head=False, bias=False
+)
+ARCHITECTURES = {
+    "gpt2": SMALL,
+    "llama": LLAMA,
+    "dropout": dataclasses.replace(SMALL, dropout=0.3),
+}
+IDS, TARGETS = torch.randint(61, (2, 4, T), generator=torch.Generator().manual_seed(0))
+
+
+def build(config: GPTConfig = SMALL) -> GPT:
+    torch.manual_seed(0)
+    return GPT(config)
+
+
+def step(model, forward=None) -> list[torch.Tensor]:
+    """Loss and every gradient of one forward and backward, with the same random numbers each time."""
+    torch.manual_seed(7)
+    loss = (model if forward is None else forward)(IDS, TARGETS)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+class Executed(TorchDispatchMode):
+    """Counts the ops executed, by name, and the bytes of the storages they made that are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.bytes, self.seen = 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function._opname] = self.counts.get(function._opname, 0) + 1
+        results = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.seen:
+                key, size = storage._cdata, storage.nbytes()
+                self.seen.add(key)
+                self.bytes += size
+                weakref.finalize(storage, self._freed, key, size)
+        return results
+
+    def _freed(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.bytes -= size
+
+
+def linear_layers_run(model: GPT) -> tuple[int, int]:
+    """GEMMs (mm, addmm) of linear layers executed in (forward, backward)."""
+    found = []
+    with Executed() as mode:
+        loss = model(IDS, TARGETS)
+        found.append(sum(mode.counts.get(name, 0) for name in ("mm", "addmm")))
+        loss.backward()
+        found.append(sum(mode.counts.get(name, 0) for name in ("mm", "addmm")) - found[0])
+    return tuple(found)
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+@pytest.mark.parametrize("attention", ["reference", "sdpa"])
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_losses_and_gradients_are_the_same_bit_for_bit(config, attention, policy):
+    model = build(config)
+    if config.dropout == 0.0:  # sdpa has no repeatable dropout
+        op.bind(model, {"attention": attention})
+    expected = step(model)
+    recompute.apply(model, policy)
+    for a, b in zip(step(model), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dropout_draws_the_same_in_a_row_of_steps():
+    """Recomputing must leave the generator where it was, or the next step would drop others."""
+    losses = {}
+    for policy in recompute.POLICIES:
+        model = build(ARCHITECTURES["dropout"])
+        recompute.apply(model, policy)
+        torch.manual_seed(3)
+        losses[policy] = []
+        for _ in range(3):
+            loss = model(IDS, TARGETS)
+            loss.backward()
+            losses[policy].append(loss.item())
+    assert losses["full"] == losses["selective"] == losses["none"]
+    assert len(set(losses["none"])) == 3
+
+
+def test_what_is_computed_again():
+    """Four linear layers a block: full runs them all again, selective none that it keeps."""
+    model = build()
+    forward, backward = linear_layers_run(model)
+    found = {}
+    for policy, keep in (("full", ()), ("selective", ("linear",)), ("selective", ("attention",)), ("selective", ())):
+        recompute.apply(model, policy, keep)
+        again, recomputed = linear_layers_run(model)
+        assert again == forward
+        found[policy, keep] = recomputed - backward
+    # full stops early, once nothing more is needed: a block's last projection has no consumer in backward
+    assert found["full", ()] == 3 * 3
+    assert found["selective", ("linear",)] == 0
+    assert found["selective", ("attention",)] == found["selective", ()] == 3 * 3
+
+
+def test_less_is_alive_after_forward():
+    alive = {}
+    for policy in recompute.POLICIES:
+        model = build(dataclasses.replace(SMALL, n_layer=6))
+        op.bind(model, {"attention": "sdpa"})
+        recompute.apply(model, policy)
+        with Executed() as mode:
+            loss = model(IDS, TARGETS)
+            alive[policy] = mode.bytes
+        del loss
+    N, C, layers = IDS.numel(), 32, 6
+    # full keeps a block's input; selective adds qkv (3C), attention (C), projection (C), up (4C) and down (C)
+    block = N * C * 4
+    assert alive["none"] - alive["full"] > layers * 12 * block
+    assert alive["selective"] - alive["full"] == pytest.approx(layers * 10 * block, rel=0.1)
+
+
+def test_evaluation_and_inference_recompute_nothing():
+    model = build()
+    recompute.apply(model, "full")
+    model.eval()
+    forward, backward = linear_layers_run(model)
+    recompute.apply(model, "none")
+    assert linear_layers_run(model) == (forward, backward)
+
+
+def test_none_undoes():
+    model = build()
+    recompute.apply(model, "full")
+    assert model.run_block is not call
+    recompute.apply(model, "none")
+    assert model.run_block is call
+
+
+@pytest.mark.timeout(400)
+def test_one_graph_recomputes_what_it_should():
+    """Under compile, with dropout: equal results, and the backward graph holds the GEMMs that the policy says."""
+    model = build(dataclasses.replace(ARCHITECTURES["dropout"], n_layer=2))
+    expected, gemms = step(model), {}
+    for policy in recompute.POLICIES:
+        torch._dynamo.reset()
+        recompute.apply(model, policy)
+        graphs = []
+
+        def record(graph, inputs, _graphs=graphs):
+            _graphs.append(sum(str(n.target) in ("aten.mm.default", "aten.addmm.default") for n in graph.graph.nodes))
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+        for a, b in zip(step(model, compiled), expected, strict=True):
+            torch.testing.assert_close(a, b)
+        assert len(graphs) == 2
+        gemms[policy] = graphs[1]
+    assert gemms["none"] + 2 * 3 <= gemms["full"] <= gemms["none"] + 2 * 4  # the partitioner may redo the last one too
+    assert gemms["selective"] == gemms["none"]
+
+
+def test_our_custom_ops_are_known_by_their_op():
+    made = []
+    for name in ("layer_norm_named", "linear_cross_entropy_named", "linear_named", "layer_norm_named_backward"):
+
+        def double(x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        made.append(torch.library.custom_op(f"tritium::{name}", double, mutates_args=()))
+    found = [recompute.op_of(getattr(torch.ops.tritium, m._name).default) for m in made]
+    assert found == ["layer_norm", "linear_cross_entropy", "linear", "layer_norm"]
+    assert recompute.op_of(torch.ops.aten.addmm.default) == "linear"
+    assert recompute.op_of(torch.ops.aten.add.Tensor) is None
+    assert recompute.op_of(torch.ops.higher_order.flex_attention) == "attention"
+
+
+def test_unknown_policies_and_ops_are_refused():
+    model = build()
+    with pytest.raises(ConfigError, match=r"recompute must be one of none, full, selective, not 'some'"):
+        recompute.apply(model, "some")
+    with pytest.raises(ConfigError, match=r"recompute_keep names softmax, .*choose from attention"):
+        recompute.apply(model, "selective", ("linear", "softmax"))
+    assert model.run_block is call
