@@ -1,8 +1,10 @@
-"""Checkpoints: torch.distributed.checkpoint's format, written atomically, checksummed, with everything a run needs to go on.
+"""Checkpoints: torch.distributed.checkpoint's format, written atomically, checksummed, with everything a run needs to
+go on.
 
-A run folder holds ``checkpoints/step_00000100/``: DCP's files (fp32 weights, optimizer, random states), ``run.json`` (resolved config,
-kernel table, versions, position) and ``checksums.json`` (SHA-256 of every file, written last). A checkpoint is written into a folder
-whose name starts with ``.`` and renamed when it is whole, so a kill at any moment leaves either a good checkpoint or none.
+A run folder holds ``checkpoints/step_00000100/``: DCP's files (fp32 weights, optimizer, random states), ``run.json``
+(resolved config, kernel table, versions, position) and ``checksums.json`` (SHA-256 of every file, written last). A
+checkpoint is written into a folder whose name starts with ``.`` and renamed when it is whole, so a kill at any moment
+leaves either a good checkpoint or none.
 """
 
 from __future__ import annotations
@@ -57,8 +59,9 @@ def folder_of(out: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def save(out: pathlib.Path, state: dict[str, Tensor], meta: dict[str, Any], world: World, keep: int) -> pathlib.Path:
-    """Write ``state`` (flat name → tensor; equal on every process except keys that carry a rank) and ``meta`` (JSON values, with
-    "step" and "config") as the checkpoint of ``meta["step"]``; then drop all but the newest ``keep``. Every process calls it.
+    """Write ``state`` (flat name → tensor; equal on every process except keys that carry a rank) and ``meta`` (JSON
+    values, with "step" and "config") as the checkpoint of ``meta["step"]``; then drop all but the newest ``keep``.
+    Every process calls it.
 
     Raises CheckpointError when the disk refuses; earlier checkpoints stay as they were.
     """
@@ -74,7 +77,10 @@ def save(out: pathlib.Path, state: dict[str, Tensor], meta: dict[str, Any], worl
             dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True), no_dist=world.size == 1)
 
     def seal() -> None:
-        _write(temporary / _RUN, json.dumps({"format": FORMAT, "world_size": world.size, "versions": versions(), **meta}, indent=2))
+        _write(
+            temporary / _RUN,
+            json.dumps({"format": FORMAT, "world_size": world.size, "versions": versions(), **meta}, indent=2),
+        )
         sums = {p.name: _sha256(p) for p in sorted(temporary.iterdir())}
         _write(temporary / _SUMS, json.dumps(sums, indent=2))
         _sync_folder(temporary)
@@ -94,8 +100,9 @@ def save(out: pathlib.Path, state: dict[str, Tensor], meta: dict[str, Any], worl
             if world.first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
-                f"writing the checkpoint of step {meta['step']} into {final.parent} failed ({failure or 'on another process'}); earlier "
-                "checkpoints are untouched. Free space, or choose another folder with --run.out"
+                f"writing the checkpoint of step {meta['step']} into {final.parent} failed "
+                f"({failure or 'on another process'}); earlier checkpoints are untouched. "
+                "Free space, or choose another folder with --run.out"
             )
     if world.first:
         for old in candidates(out)[keep:]:
@@ -116,7 +123,9 @@ def verify(path: pathlib.Path) -> Checkpoint:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a checkpoint of tritium: it has no {_SUMS}") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / _SUMS} cannot be read ({error}), so the checkpoint cannot be trusted") from error
+        raise CheckpointError(
+            f"{path / _SUMS} cannot be read ({error}), so the checkpoint cannot be trusted"
+        ) from error
     for name, expected in sums.items():
         file = path / name
         if not file.is_file():
@@ -126,15 +135,20 @@ def verify(path: pathlib.Path) -> Checkpoint:
             raise CheckpointError(f"{file} is damaged: SHA-256 is {actual[:12]}…, it was written as {expected[:12]}…")
     missing = {_RUN, ".metadata"} - set(sums)
     if missing:
-        raise CheckpointError(f"{path / _SUMS} does not list {', '.join(sorted(missing))}, so the checkpoint cannot be trusted")
+        raise CheckpointError(
+            f"{path / _SUMS} does not list {', '.join(sorted(missing))}, so the checkpoint cannot be trusted"
+        )
     meta = json.loads((path / _RUN).read_text())
     if meta.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {meta.get('format')}; this version of tritium reads format {FORMAT}")
+        raise CheckpointError(
+            f"{path} has checkpoint format {meta.get('format')}; this version of tritium reads format {FORMAT}"
+        )
     return Checkpoint(path, meta)
 
 
 def newest(out: pathlib.Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest good checkpoint of a run, None when there is none at all; each damaged one is warned about and passed over.
+    """The newest good checkpoint of a run, None when there is none at all; each damaged one is warned about and
+    passed over.
 
     CheckpointError when there are checkpoints and none is good: starting over silently would look like a resume.
     """
@@ -189,7 +203,9 @@ def load_run(path: pathlib.Path | str, device: str = "cpu", warn: Callable[[str]
             raise CheckpointError(f"{path} does not exist: give a run folder (runs/NAME) or one of its checkpoints")
         newest_good = newest(path, warn)
         if newest_good is None:
-            raise CheckpointError(f"{path} holds no checkpoint: give a run folder (runs/NAME) or one of its checkpoints")
+            raise CheckpointError(
+                f"{path} holds no checkpoint: give a run folder (runs/NAME) or one of its checkpoints"
+            )
         found, out = newest_good, path
     config = found.config
     with torch.device(device):
@@ -198,7 +214,8 @@ def load_run(path: pathlib.Path | str, device: str = "cpu", warn: Callable[[str]
     return Restored(model.eval(), config, load_tokenizer(out / "tokenizer"), found.step, found.path)
 
 
-# A checkpoint may be continued with other values of these only by starting a new run: they change what has been learned from what.
+# A checkpoint may be continued with other values of these only by starting a new run: they change what has been
+# learned from what.
 _FIXED = ("model.", "data.seed", "data.documents", "train.batch_rows", "train.seed")
 
 
@@ -211,7 +228,8 @@ def check_compatible(stored: Config, current: Config, path: pathlib.Path) -> Non
         raise ConfigError(
             f"{path} was trained with another configuration, so it cannot be continued with this one:\n"
             + "\n".join(f"  - {d}" for d in changed)
-            + "\ngive these options their old values, or start a new run with --run.out OTHER_FOLDER"
+            + "\ngive these options their old values (`tritium train RUN_FOLDER` continues with all of them), "
+            "or start a new run with --run.out OTHER_FOLDER"
         )
 
 
@@ -233,7 +251,12 @@ def versions() -> dict[str, str]:
     """What a bitwise comparison of two runs depends on."""
     import numpy
 
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "machine": platform.machine()}
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "machine": platform.machine(),
+    }
     with contextlib.suppress(ImportError):
         import triton
 

@@ -476,7 +476,7 @@ def _prepare(argv: list[str]) -> int:
 
     out = pathlib.Path(options.out)
     if not options.out:
-        from tritium.engine.train import data_folder
+        from tritium.engine.config import data_folder
 
         data = dataclasses.replace(Config().data, sources=options.sources, tokenizer=options.tokenizer)
         out = data_folder(dataclasses.replace(Config(), data=data))
@@ -585,7 +585,7 @@ def _load(run: str, device: str, precision: str, kernels: str, phases: Sequence[
         loaded = Loaded(model, tokenizer, place, None, False, f"GPT-2 weights of {folder}")
     else:
         restored = checkpoint.load_run(folder, place.type, lambda text: print(f"warning: {text}", file=sys.stderr))
-        from tritium.engine.train import data_folder
+        from tritium.engine.config import data_folder
 
         config = restored.config
         about = f"{config.name}, step {restored.step} ({restored.path})"

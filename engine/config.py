@@ -1,12 +1,14 @@
 """Config: everything that decides a run, as frozen dataclasses. ``config.problems()`` reports every mistake at once.
 
-This file imports no torch, so that ``tritium --help`` is quick. A preset (``presets/NAME.py``) is a function that returns a Config.
+This file imports no torch, so that ``tritium --help`` is quick. A preset (``presets/NAME.py``) is a function that
+returns a Config.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -95,11 +97,20 @@ class GPTConfig:
         if found:
             return found
         if self.n_embd % self.n_head:
-            found.append(f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}, or heads have no whole width")
+            found.append(
+                f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}, "
+                "or heads have no whole width"
+            )
         if self.n_head % self.kv_heads:
-            found.append(f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}, or heads cannot be grouped")
+            found.append(
+                f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}, "
+                "or heads cannot be grouped"
+            )
         if self.position == "rope" and int(self.head_width * self.rope_fraction) % 2:
-            found.append(f"rope turns pairs of channels: head width {self.head_width} × rope_fraction {self.rope_fraction} must be even")
+            found.append(
+                f"rope turns pairs of channels: head width {self.head_width} × rope_fraction {self.rope_fraction} "
+                "must be even"
+            )
         if not 0.0 < self.rope_fraction <= 1.0:
             found.append(f"model.rope_fraction must be in (0, 1], not {self.rope_fraction}")
         for name in ("dropout", "label_smoothing"):
@@ -139,15 +150,17 @@ class TrainConfig:
     micro_rows: int = 16
     """Rows per forward/backward on one process; batch_rows must be a multiple of micro_rows × processes."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: compute weights in bf16 beside fp32 masters. auto: bf16 where the device has bf16 matrix units, else fp32."""
+    """bf16: compute weights in bf16 beside fp32 masters. auto: bf16 where the device has bf16 matrix units, else
+    fp32.
+    """
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile of forward and backward as one graph. auto: if this machine can; true: or fail."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations recomputed in backward: none, every block, or everything but the ops in recompute_keep."""
     recompute_keep: tuple[str, ...] = ("attention", "linear")
     """With recompute=selective: ops whose results are kept."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
     deterministic: Literal["auto", "true", "false"] = "auto"
     """Bitwise repeatable on the same machine and thread count. auto: on a CPU, where it costs next to nothing."""
     seed: int = 1337
@@ -192,7 +205,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Which backend computes each op: a backend's name, a module path of your own, or auto. `--kernels=NAME` sets default."""
+    """Which backend computes each op: a backend's name, a module path of your own, or auto. `--kernels=NAME` sets
+    default.
+    """
 
     default: str = "auto"
     """For every op that has this backend; auto picks by measurement, the rest use auto."""
@@ -255,7 +270,9 @@ class RunConfig:
     keep: int = 2
     """Checkpoints kept, the newest ones."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: continue from the newest good checkpoint in out; never: refuse when there is one; must: fail without one."""
+    """auto: continue from the newest good checkpoint in out; never: refuse when there is one; must: fail without
+    one.
+    """
     tensorboard: bool = True
     """Also write TensorBoard events into out."""
     require_bigram: bool = False
@@ -286,8 +303,9 @@ class Config:
         found = self.model.problems() + self.kernels.problems()
         for section, name, low in (
             (t, "steps", 0), (t, "batch_rows", 1), (t, "micro_rows", 1), (t, "eval_every", 0), (t, "eval_tokens", 0),
-            (t, "sample_every", 0), (t, "sample_tokens", 0), (t, "log_every", 1), (o, "warmup_steps", 0), (self.run, "save_every", 0),
-            (self.run, "keep", 1), (o, "lr", 0), (o, "grad_clip", 0), (o, "eps", 0), (o, "weight_decay", 0),
+            (t, "sample_every", 0), (t, "sample_tokens", 0), (t, "log_every", 1), (o, "warmup_steps", 0),
+            (self.run, "save_every", 0), (self.run, "keep", 1),
+            (o, "lr", 0), (o, "grad_clip", 0), (o, "eps", 0), (o, "weight_decay", 0),
         ):  # fmt: skip
             if getattr(section, name) < low:
                 found.append(f"{_section(section)}.{name} must be at least {low}, not {getattr(section, name)}")
@@ -301,11 +319,14 @@ class Config:
         if t.batch_rows >= 1 and t.micro_rows >= 1 and t.batch_rows % share:
             near = max(share, t.batch_rows // share * share)
             found.append(
-                f"train.batch_rows={t.batch_rows} must be a multiple of train.micro_rows={t.micro_rows} × {world_size} process(es) = {share}, "
+                f"train.batch_rows={t.batch_rows} must be a multiple of train.micro_rows={t.micro_rows} × "
+                f"{world_size} process(es) = {share}, "
                 f"or the last micro-batch would be short; use e.g. --train.batch_rows {near}"
             )
         if not d.sources and not d.folder:
-            found.append("data.sources is empty and data.folder is not set: there is nothing to train on; give files, or demo")
+            found.append(
+                "data.sources is empty and data.folder is not set: there is nothing to train on; give files, or demo"
+            )
         return found
 
     def check(self, world_size: int = 1) -> None:
@@ -323,7 +344,14 @@ class Config:
         return _build(Config, json.loads(text))
 
 
-_SECTIONS = {"model": GPTConfig, "data": DataConfig, "train": TrainConfig, "optim": OptimConfig, "kernels": KernelsConfig, "run": RunConfig}
+_SECTIONS = {
+    "model": GPTConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "optim": OptimConfig,
+    "kernels": KernelsConfig,
+    "run": RunConfig,
+}
 
 
 def _section(value: object) -> str:
@@ -335,12 +363,26 @@ def _build(kind: type, values: dict[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ConfigError(f"{kind.__name__} has no field {', '.join(unknown)}; this file was written by another version of tritium")
+        raise ConfigError(
+            f"{kind.__name__} has no field {', '.join(unknown)}; this file was written by another version of tritium"
+        )
     built = {
-        name: _build(_SECTIONS[name], value) if kind is Config and name in _SECTIONS else tuple(value) if isinstance(value, list) else value
+        name: _build(_SECTIONS[name], value)
+        if kind is Config and name in _SECTIONS
+        else tuple(value)
+        if isinstance(value, list)
+        else value
         for name, value in values.items()
     }
     return kind(**built)
+
+
+def data_folder(config: Config) -> pathlib.Path:
+    """Where the prepared shards of ``config`` are: data.folder, or a name made from sources and tokenizer."""
+    if config.data.folder:
+        return pathlib.Path(config.data.folder)
+    parts = [*(pathlib.Path(s).stem for s in config.data.sources), pathlib.Path(config.data.tokenizer).stem]
+    return pathlib.Path("data") / "-".join("".join(ch if ch.isalnum() else "_" for ch in part) for part in parts)
 
 
 def differences(a: Config, b: Config) -> list[str]:
@@ -352,5 +394,7 @@ def differences(a: Config, b: Config) -> list[str]:
 def _flat(config: Config) -> dict[str, Any]:
     flat: dict[str, Any] = {"name": config.name}
     for name in _SECTIONS:
-        flat |= {f"{name}.{f.name}": getattr(getattr(config, name), f.name) for f in dataclasses.fields(_SECTIONS[name])}
+        flat |= {
+            f"{name}.{f.name}": getattr(getattr(config, name), f.name) for f in dataclasses.fields(_SECTIONS[name])
+        }
     return flat

@@ -50,7 +50,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, N: int, C: int, F: int
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, appended and flushed, so that a killed run keeps what it had written.
 
-    Opening at ``step`` drops lines after that step: a resumed run continues one curve instead of writing a second one over it.
+    Opening at ``step`` drops lines after that step: a resumed run continues one curve instead of writing a second one
+    over it.
     """
 
     def __init__(self, path: pathlib.Path, step: int):

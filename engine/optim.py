@@ -21,7 +21,9 @@ class Group:
     names: list[str] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)  # what the model computes with, and where .grad appears
     params: list[Tensor] = field(default_factory=list)  # fp32: the masters, or the leaves themselves
-    copies: list[Tensor] = field(default_factory=list)  # the leaves that are working copies; empty when params are the leaves
+    copies: list[Tensor] = field(
+        default_factory=list
+    )  # the leaves that are working copies; empty when params are the leaves
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
 
@@ -29,7 +31,8 @@ class Group:
 class AdamW:
     """The optimizer of a model. Matrices decay, vectors do not.
 
-    masters: name → fp32 master of the parameters whose leaf is a compute-dtype copy (precision.to_compute_dtype's result).
+    masters: name → fp32 master of the parameters whose leaf is a compute-dtype copy (precision.to_compute_dtype's
+    result).
     """
 
     def __init__(self, model: torch.nn.Module, config: OptimConfig, masters: Mapping[str, Tensor]):
@@ -56,7 +59,9 @@ class AdamW:
         yield "optimizer", self.adamw
 
     def gradients(self) -> list[Tensor]:
-        """The gradient of every parameter, in group order. A parameter the loss did not reach is an error, not a zero."""
+        """The gradient of every parameter, in group order. A parameter the loss did not reach is an error, not a
+        zero.
+        """
         found = []
         for group in self.groups:
             for name, leaf in zip(group.names, group.leaves, strict=True):
@@ -67,10 +72,11 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: Tensor, inverse_count: Tensor) -> Tensor:
-        """Clip and update from the leaves' gradients of a *summed* loss; returns the gradient norm of the mean loss, () fp32.
+        """Clip and update from the leaves' gradients of a *summed* loss; returns the gradient norm of the mean loss,
+        () fp32.
 
-        lr: () fp32 on the device. inverse_count: () fp32, 1 / number of targets in the whole batch. A step whose norm is not finite
-        changes nothing and is counted in ``skipped``. The host reads nothing back.
+        lr: () fp32 on the device. inverse_count: () fp32, 1 / number of targets in the whole batch. A step whose norm
+        is not finite changes nothing and is counted in ``skipped``. The host reads nothing back.
         """
         grads = self.gradients()
         norm = global_norm(grads) * inverse_count
@@ -98,7 +104,9 @@ class AdamW:
                 leaf.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat: exp_avg.NAME, exp_avg_sq.NAME, steps_done, skipped. The masters are the model's business (``master_weights``)."""
+        """Flat: exp_avg.NAME, exp_avg_sq.NAME, steps_done, skipped. The masters are the model's business
+        (``master_weights``).
+        """
         state = {"steps_done": self.steps_done, "skipped": self.skipped}
         for group in self.groups:
             for name, m, v in zip(group.names, group.exp_avgs, group.exp_avg_sqs, strict=True):

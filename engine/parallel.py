@@ -1,7 +1,7 @@
 """Processes: who we are, and the collectives of a step. The only importer of torch.distributed besides checkpoint.py.
 
-Data parallel: every process computes its own rows; gradients are *summed* (the loss is a sum and the optimizer divides by the global
-number of targets), so the result does not depend on how rows were dealt to processes.
+Data parallel: every process computes its own rows; gradients are *summed* (the loss is a sum and the optimizer
+divides by the global number of targets), so the result does not depend on how rows were dealt to processes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tritium.engine.config import ConfigError
+
+CPU = torch.device("cpu")
 BUCKET_BYTES = 25 * 2**20  # gradients are reduced in flat pieces of about this size: large enough to be bandwidth-bound
 
 
@@ -25,7 +28,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def first(self) -> bool:
@@ -81,10 +84,14 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def world(device: str = "auto", timeout_s: float = 600.0) -> Iterator[World]:
-    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone; leaves the group at the end."""
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone; leaves the group at the
+    end.
+    """
     kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("train.device=cuda needs a GPU that this torch can use, and it sees none; use --train.device cpu or auto")
+        raise ConfigError(
+            "train.device=cuda needs a GPU that this torch can use, and it sees none; use --train.device cpu or auto"
+        )
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     place = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")

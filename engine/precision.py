@@ -1,7 +1,8 @@
 """bf16 compute weights beside fp32 masters.
 
-The matrices that GEMMs read (and their biases) live in the model in the compute dtype; the optimizer owns their fp32 masters and writes
-the copies in the same pass as the update. Embeddings, norms and the head stay fp32: they are read row-wise or cast inside their op.
+The matrices that GEMMs read (and their biases) live in the model in the compute dtype; the optimizer owns their fp32
+masters and writes the copies in the same pass as the update. Embeddings, norms and the head stay fp32: they are read
+row-wise or cast inside their op.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import torch
 
 
 def resolve(precision: str, device: torch.device) -> torch.dtype:
-    """The compute dtype for "auto", "fp32" or "bf16". auto is bf16 where the device multiplies bf16 matrices in hardware."""
+    """The compute dtype for "auto", "fp32" or "bf16". auto is bf16 where the device multiplies bf16 matrices in
+    hardware.
+    """
     if precision == "fp32":
         return torch.float32
     if precision == "bf16":

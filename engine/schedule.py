@@ -8,7 +8,9 @@ from tritium.engine.config import OptimConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """The rate of optimizer step ``step`` (0 is the first) in a run of ``steps``: linear warm-up, then cosine, wsd or constant."""
+    """The rate of optimizer step ``step`` (0 is the first) in a run of ``steps``: linear warm-up, then cosine, wsd or
+    constant.
+    """
     peak, floor = config.lr, config.lr * config.min_lr_fraction
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps

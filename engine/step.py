@@ -29,9 +29,15 @@ Loss = Callable[[MicroBatch], Tensor]  # the sum of the losses over the micro-ba
 
 
 def train_step(
-    loss: Loss, optimizer: AdamW, batches: Sequence[MicroBatch], lr: Tensor, inverse_count: Tensor, world: World = World()
+    loss: Loss,
+    optimizer: AdamW,
+    batches: Sequence[MicroBatch],
+    lr: Tensor,
+    inverse_count: Tensor,
+    world: World = World(),
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward over this process's ``batches``, then one update; returns (mean loss, gradient norm), both () fp32.
+    """Forward and backward over this process's ``batches``, then one update; returns (mean loss, gradient norm), both
+    () fp32.
 
     inverse_count: 1 / number of targets over all micro-batches of all processes. Nothing is read back by the host.
     """

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tritium.engine import checkpoint, metrics, precision
-from tritium.engine.config import Config, ConfigError
+from tritium.engine.config import Config, ConfigError, data_folder
 from tritium.engine.model import GPT
 from tritium.engine.optim import AdamW
 from tritium.engine.parallel import World
@@ -35,7 +35,8 @@ from tritium.kernels.site import Machine
 
 @dataclass
 class Outcome:
-    """How a run ended. status: "done", "interrupted" (Ctrl-C, SIGTERM; saved) or "behind" (did not beat the bigram model).
+    """How a run ended. status: "done", "interrupted" (Ctrl-C, SIGTERM; saved) or "behind" (did not beat the bigram
+    model).
 
     bits_per_byte: model, unigram, bigram on the validation text, where known. out and checkpoint: paths.
     """
@@ -75,7 +76,8 @@ class Engine:
 
 
 def build(config: Config, world: World = World(), *, compile: bool | None = None) -> Engine:
-    """Model, kernels, optimizer and loss for ``config`` (whose vocab_size is set) on ``world.device``; weights are fresh.
+    """Model, kernels, optimizer and loss for ``config`` (whose vocab_size is set) on ``world.device``; weights are
+    fresh.
 
     compile: overrides config.train.compile. KernelError when a kernel choice cannot be met.
     """
@@ -91,7 +93,9 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
         [model, optimizer], config.kernels.choices(), machine=Machine.here(device), dtype=dtype, compiled=compiled,
         deterministic=is_deterministic(config, device),
     )  # fmt: skip
-    accumulates = config.train.batch_rows > config.train.micro_rows  # over micro-batches or processes: sum gradients in fp32
+    accumulates = (
+        config.train.batch_rows > config.train.micro_rows
+    )  # over micro-batches or processes: sum gradients in fp32
     if masters and accumulates:
         for name, parameter in model.named_parameters():
             if name in masters:
@@ -124,7 +128,10 @@ def should_compile(config: Config, device: torch.device) -> tuple[bool, str | No
     elif not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists():
         reason = "Python.h is missing (Debian: apt install python3-dev)"
     if reason and config.train.compile == "true":
-        raise ConfigError(f"train.compile=true needs a C++ compiler and Python's headers, and {reason}; install it or use --train.compile auto")
+        raise ConfigError(
+            f"train.compile=true needs a C++ compiler and Python's headers, and {reason}; install it "
+            "or use --train.compile auto"
+        )
     return reason is None, reason
 
 
@@ -146,8 +153,9 @@ def determinism(on: bool) -> Iterator[None]:
 class Stop:
     """Set by the first SIGINT or SIGTERM; a second one stops at once with what the last checkpoint holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, reporter: Reporter) -> None:
         self.asked = False
+        self.reporter = reporter
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -160,6 +168,7 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        self.reporter.status("stopping after this step, then saving (again to stop at once, without saving)")
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._old.items():
@@ -188,6 +197,7 @@ def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
 
     out = pathlib.Path(config.run.out or f"runs/{config.name}")
     found = _to_resume(config, out, world, reporter)
+    reporter.status("preparing the data")
     data = prepared(config, world, reporter)
     task = Pretraining(config, data)
     config = with_vocabulary(config, task.vocab_size)
@@ -202,7 +212,8 @@ def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
     engine = build(config, world)
     parameters = sum(p.numel() for p in engine.model.parameters())
     reporter.note(
-        f"{config.name}: {parameters / 1e6:.1f}M parameters, {str(engine.dtype).removeprefix('torch.')}, {world.device.type} × {world.size}, "
+        f"{config.name}: {parameters / 1e6:.1f}M parameters, {str(engine.dtype).removeprefix('torch.')}, "
+        f"{world.device.type} × {world.size}, "
         f"{'compiled' if engine.compiled else 'eager'}, {config.batch_tokens:,} tokens a step"
     )
     reporter.note(op.format_table(engine.table))
@@ -223,7 +234,9 @@ def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
             stack.callback(log.close)
         if board is not None:
             stack.callback(board.close)
-        stop = stack.enter_context(Stop())  # from here on Ctrl-C saves; before, there is nothing to save and it just ends the run
+        stop = stack.enter_context(
+            Stop(reporter)
+        )  # from here on Ctrl-C saves; before, there is nothing to save and it just ends the run
         return Loop(config, world, reporter, stop, engine, task, out, log, board).run(step)
 
 
@@ -244,9 +257,15 @@ class Loop:
     def run(self, step: int) -> Outcome:
         c, t, world, device = self.config, self.config.train, self.world, self.world.device
         micro_batches = t.batch_rows // (t.micro_rows * world.size)
-        rate = metrics.matmul_rate(device, self.engine.dtype, t.micro_rows * c.model.block_size, c.model.n_embd, c.model.hidden_width)
+        self.reporter.status("measuring the matmul rate")
+        rate = metrics.matmul_rate(
+            device, self.engine.dtype, t.micro_rows * c.model.block_size, c.model.n_embd, c.model.hidden_width
+        )
         flops = metrics.flops_per_token(c.model)
         lr, inverse_count = torch.zeros((), device=device), torch.full((), 1.0 / c.batch_tokens, device=device)
+        self.reporter.status(
+            "compiling and running the first step" if self.engine.compiled else "running the first step"
+        )
         batches = self.task.batches(step * t.batch_rows, world.rank, world.size, pin_memory=device.type == "cuda")
         waiting: tuple[int, Tensor, Tensor, float] | None = None  # the step whose loss has not been read yet
         saved = step if step else None
@@ -284,7 +303,13 @@ class Loop:
         return self._finish(step, saved, evaluated, val, interrupted=not last)
 
     def _report(
-        self, waiting: tuple[int, Tensor, Tensor, float] | None, val: dict[str, float], clock: float, clock_step: int, rate: float, flops: int
+        self,
+        waiting: tuple[int, Tensor, Tensor, float] | None,
+        val: dict[str, float],
+        clock: float,
+        clock_step: int,
+        rate: float,
+        flops: int,
     ) -> None:
         """Read one step's loss, show it and log it."""
         if waiting is None:
@@ -304,7 +329,9 @@ class Loop:
         values.pop("val_loss", None)
         self._log({"kind": "step", **values, "skipped": self.engine.optimizer.skipped.item()})
         if not math.isfinite(progress.loss):
-            self.reporter.warn(f"step {step}: the loss is {progress.loss}; steps with a gradient norm that is not finite are skipped")
+            self.reporter.warn(
+                f"step {step}: the loss is {progress.loss}; steps with a gradient norm that is not finite are skipped"
+            )
 
     def _log(self, values: dict[str, Any]) -> None:
         if self.log is not None:
@@ -344,7 +371,9 @@ class Loop:
         return checkpoint.save(self.out, state, meta, self.world, self.config.run.keep)
 
     def _save_or_warn(self, step: int, saved: int | None) -> int | None:
-        """A save in the middle of a run that fails is no reason to lose the run: say so and try again at the next one."""
+        """A save in the middle of a run that fails is no reason to lose the run: say so and try again at the next
+        one.
+        """
         try:
             self._save(step)
         except checkpoint.CheckpointError as error:
@@ -352,10 +381,13 @@ class Loop:
             return saved
         return step
 
-    def _finish(self, step: int, saved: int | None, evaluated: int, val: dict[str, float], interrupted: bool) -> Outcome:
+    def _finish(
+        self, step: int, saved: int | None, evaluated: int, val: dict[str, float], interrupted: bool
+    ) -> Outcome:
         c = self.config
         path = checkpoint.folder_of(self.out, step) if saved == step else self._save(step)
         if interrupted:
+            self._plot()
             message = f"stopped at step {step} of {c.train.steps}; saved {path}; the same command continues from there"
             return Outcome("interrupted", self.out, path, step, val.get("val_loss", math.nan), messages=[message])
         val = self._evaluate(step, 0 if c.run.require_bigram else c.train.eval_tokens)
@@ -366,20 +398,16 @@ class Loop:
             if not outcome.bits_per_byte["model"] < outcome.bits_per_byte["bigram"]:
                 outcome.status = "behind"
         if self.world.first:
-            from tritium.engine.plots import plot_losses
-
             (self.out / "sample.txt").write_text(sample)
-            self._log({"kind": "end", "step": step, **{f"{k}_bits_per_byte": v for k, v in outcome.bits_per_byte.items()}})
-            plot_losses(self.out)
+        self._log({"kind": "end", "step": step, **{f"{k}_bits_per_byte": v for k, v in outcome.bits_per_byte.items()}})
+        self._plot()
         return outcome
 
+    def _plot(self) -> None:
+        if self.world.first:
+            from tritium.engine.plots import plot_losses
 
-def data_folder(config: Config) -> pathlib.Path:
-    """Where the prepared shards of ``config`` are: data.folder, or a name made from sources and tokenizer."""
-    if config.data.folder:
-        return pathlib.Path(config.data.folder)
-    parts = [*(pathlib.Path(s).stem for s in config.data.sources), pathlib.Path(config.data.tokenizer).stem]
-    return pathlib.Path("data") / "-".join("".join(ch if ch.isalnum() else "_" for ch in part) for part in parts)
+            plot_losses(self.out)
 
 
 def prepared(config: Config, world: World, reporter: Reporter) -> pathlib.Path:
@@ -394,7 +422,9 @@ def prepared(config: Config, world: World, reporter: Reporter) -> pathlib.Path:
                 config.data.sources, folder, tokenizer=config.data.tokenizer, field=config.data.field,
                 val_fraction=config.data.val_fraction, seed=config.data.seed, say=reporter.note,
             )  # fmt: skip
-        except BaseException as error:  # told to the other processes first, or they would wait for a barrier that never comes
+        except (
+            BaseException
+        ) as error:  # told to the other processes first, or they would wait for a barrier that never comes
             failure = error
     if world.any(failure is not None):
         raise failure or RuntimeError("preparing the data failed on the first process")
@@ -407,8 +437,8 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     if config.model.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the data's tokenizer, which has {vocab_size} ids: ids beyond the "
-            f"table have no row. Use --model.vocab_size {vocab_size}, or 0 to take it from the data"
+            f"model.vocab_size={config.model.vocab_size} is smaller than the data's tokenizer, which has {vocab_size} "
+            f"ids: ids beyond the table have no row. Use --model.vocab_size {vocab_size}, or 0 to take it from the data"
         )
     return config
 
@@ -416,18 +446,24 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
 def _to_resume(config: Config, out: pathlib.Path, world: World, reporter: Reporter) -> checkpoint.Checkpoint | None:
     if config.run.resume == "never":
         if checkpoint.candidates(out):
-            raise ConfigError(f"run.resume=never and {out} already holds checkpoints, which a new run would mix with; choose another --run.out")
+            raise ConfigError(
+                f"run.resume=never and {out} already holds checkpoints, which a new run would mix with; "
+                "choose another --run.out"
+            )
         return None
     found = checkpoint.newest(out, reporter.warn)
     if found is None and config.run.resume == "must":
-        raise ConfigError(f"run.resume=must and {out} holds no checkpoint; check --run.out, or use --run.resume auto to start one")
+        raise ConfigError(
+            f"run.resume=must and {out} holds no checkpoint; check --run.out, or use --run.resume auto to start one"
+        )
     return found
 
 
 def restore(engine: Engine, found: checkpoint.Checkpoint) -> int:
     """Load a checkpoint into the engine, random state included; returns its step.
 
-    A process that was not there when the checkpoint was written (another number of processes) keeps its fresh random state.
+    A process that was not there when the checkpoint was written (another number of processes) keeps its fresh random
+    state.
     """
     world = engine.world
     rng = checkpoint.random_state(world.rank, world.device) if world.rank < int(found.meta["world_size"]) else {}
@@ -443,8 +479,9 @@ def _check_data(found: checkpoint.Checkpoint, task: Any) -> None:
     if stored != current:
         changed = [k for k in current if stored.get(k) != current[k]]
         raise ConfigError(
-            f"{found.path} was trained on other data ({', '.join(changed)} differ): its token ids and sample order would mean something "
-            "else. Point --data.folder at the original shards, or start a new run with --run.out OTHER_FOLDER"
+            f"{found.path} was trained on other data ({', '.join(changed)} differ): its token ids and sample order "
+            "would mean something else. Point --data.folder at the original shards, "
+            "or start a new run with --run.out OTHER_FOLDER"
         )
 
 

@@ -1,4 +1,6 @@
-"""gpt2_350m: GPT-2 medium (350M parameters) on one GPU or more; about 0.5M tokens a step as in the GPT-3 paper's table 2.1 for this size class."""
+"""gpt2_350m: GPT-2 medium (350M parameters) on one GPU or more; about 0.5M tokens a step as in the GPT-3 paper's
+table 2.1 for this size class.
+"""
 
 from tritium.engine.config import Config, GPTConfig, OptimConfig, TrainConfig
 

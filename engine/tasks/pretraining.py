@@ -39,7 +39,9 @@ class Pretraining:
         return model(batch.ids, batch.targets, batch.seq_start)
 
     def evaluate(self, model: torch.nn.Module, device: torch.device, limit_tokens: int = 0) -> dict[str, float]:
-        """Nats per token and bits per byte of text over about ``limit_tokens`` validation tokens, evenly spaced windows (0: all)."""
+        """Nats per token and bits per byte of text over about ``limit_tokens`` validation tokens, evenly spaced
+        windows (0: all).
+        """
         from tritium.engine.evaluate import validation_loss
 
         c = self.config
@@ -57,7 +59,9 @@ class Pretraining:
         if tokens == 0:
             return ""
         ids = [self.tokenizer.eot, *self.tokenizer.encode(prompt)]
-        out = generate(model, [ids], max_new_tokens=tokens, temperature=0.8, top_k=200, seed=seed, stop_ids=(self.tokenizer.eot,))
+        out = generate(
+            model, [ids], max_new_tokens=tokens, temperature=0.8, top_k=200, seed=seed, stop_ids=(self.tokenizer.eot,)
+        )
         return prompt + self.tokenizer.decode([i for i in out[0] if i != self.tokenizer.eot])
 
     def baselines(self) -> dict[str, float]:

@@ -15,7 +15,11 @@ WORLD = World()
 
 
 def make(out, step, value=0.0, keep=2):
-    state = {"model.w": torch.full((3, 4), value), "optimizer.steps_done": torch.tensor(float(step)), **checkpoint.random_state(0, WORLD.device)}
+    state = {
+        "model.w": torch.full((3, 4), value),
+        "optimizer.steps_done": torch.tensor(float(step)),
+        **checkpoint.random_state(0, WORLD.device),
+    }
     meta = {"step": step, "position": step * 8, "config": dataclasses.asdict(Config())}
     return checkpoint.save(out, state, meta, WORLD, keep)
 

@@ -389,8 +389,8 @@ def test_prepare_says_what_it_made_and_where(tritium, tmp_path):
 
 
 def test_prepare_without_out_uses_the_folder_train_looks_into(tritium, tmp_path):
+    from tritium.engine.config import data_folder
     from tritium.engine.data.prepare import is_prepared
-    from tritium.engine.train import data_folder
 
     (tmp_path / "a.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
     assert tritium("prepare", "a.jsonl", "--tokenizer", "bytes")[0] == 0

@@ -18,12 +18,23 @@ def test_every_preset_is_valid_and_survives_json():
 
 def test_all_problems_are_reported_at_once_with_rule_and_value():
     config = Config(
-        model=GPTConfig(n_embd=100, n_head=3, dropout=1.5), train=TrainConfig(batch_rows=10, micro_rows=4), optim=OptimConfig(lr=-1.0)
+        model=GPTConfig(n_embd=100, n_head=3, dropout=1.5),
+        train=TrainConfig(batch_rows=10, micro_rows=4),
+        optim=OptimConfig(lr=-1.0),
     )
     with pytest.raises(ConfigError) as error:
         config.check()
     text = str(error.value)
-    for part in ("n_embd=100", "n_head=3", "dropout", "1.5", "batch_rows=10", "--train.batch_rows 8", "optim.lr", "-1.0"):
+    for part in (
+        "n_embd=100",
+        "n_head=3",
+        "dropout",
+        "1.5",
+        "batch_rows=10",
+        "--train.batch_rows 8",
+        "optim.lr",
+        "-1.0",
+    ):
         assert part in text
 
 
@@ -34,7 +45,9 @@ def test_batch_must_divide_among_processes():
 
 
 def test_kernel_choices_are_the_mapping_that_bind_takes():
-    config = KernelsConfig(default="triton", attention="sdpa", override=("blocks.0.*:layer_norm=reference", "attention@decode=reference"))
+    config = KernelsConfig(
+        default="triton", attention="sdpa", override=("blocks.0.*:layer_norm=reference", "attention@decode=reference")
+    )
     assert config.choices() == {
         "*": "triton",
         "attention": "sdpa",

@@ -34,7 +34,17 @@ def test_matmul_parameters_count_what_the_model_holds():
 
     for config in (
         GPTConfig(vocab_size=100, block_size=8, n_layer=2, n_head=4, n_embd=32),
-        GPTConfig(vocab_size=100, block_size=8, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, activation="swiglu", tie_head=False, position="rope"),
+        GPTConfig(
+            vocab_size=100,
+            block_size=8,
+            n_layer=2,
+            n_head=4,
+            n_kv_head=2,
+            n_embd=32,
+            activation="swiglu",
+            tie_head=False,
+            position="rope",
+        ),
     ):
         held = sum(p.numel() for n, p in GPT(config).named_parameters() if p.ndim == 2 and "wpe" not in n)
         embedding = 0 if config.tie_head else config.padded_vocab_size * config.n_embd

@@ -34,7 +34,9 @@ def test_equals_torch_adamw_with_clipping():
     config = OptimConfig(weight_decay=0.1, grad_clip=0.5, beta1=0.9, beta2=0.95)
     ours, theirs = Net(), Net()
     norms = steps(ours, AdamW(ours, config, {}), 5)
-    groups = [{"params": [p for p in theirs.parameters() if p.ndim == d], "weight_decay": w} for d, w in ((2, 0.1), (1, 0.0))]
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim == d], "weight_decay": w} for d, w in ((2, 0.1), (1, 0.0))
+    ]
     reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=config.eps)
     torch.manual_seed(1)
     for norm in norms:

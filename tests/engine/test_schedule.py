@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from tritium.engine.config import OptimConfig
@@ -15,7 +17,7 @@ def test_cosine_warms_up_linearly_and_ends_near_the_floor():
     assert r[10] == pytest.approx(1.0)
     assert r[55] == pytest.approx(0.55)  # half way down
     assert 0.1 < r[99] < 0.101
-    assert all(a >= b for a, b in zip(r[10:], r[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(r[10:]))
 
 
 def test_wsd_is_stable_then_decays_linearly():

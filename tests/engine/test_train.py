@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from tritium.engine import checkpoint, train
-from tritium.engine.config import Config, ConfigError, DataConfig, GPTConfig, KernelsConfig, OptimConfig, RunConfig, TrainConfig
+from tritium.engine.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    GPTConfig,
+    KernelsConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
 from tritium.engine.data.prepare import prepare
 from tritium.engine.metrics import read_metrics
 from tritium.engine.report import Reporter
@@ -29,7 +38,10 @@ def data(tmp_path_factory):
     words = random.Random(0)
     nouns, verbs = ["cat", "dog", "bird", "fish", "horse"], ["sees", "likes", "follows", "hears"]
     text = [
-        " ".join(f"the {words.choice(nouns)} {words.choice(verbs)} the {words.choice(nouns)}." for _ in range(words.randint(1, 9)))
+        " ".join(
+            f"the {words.choice(nouns)} {words.choice(verbs)} the {words.choice(nouns)}."
+            for _ in range(words.randint(1, 9))
+        )
         for _ in range(600)
     ]
     folder = tmp_path_factory.mktemp("corpus")
@@ -44,13 +56,16 @@ def config_for(data, out, **changes) -> Config:
         name="test",
         model=GPTConfig(vocab_size=0, block_size=32, n_layer=2, n_head=2, n_embd=32, vocab_multiple=8, dropout=0.1),
         data=DataConfig(folder=str(data)),
-        train=TrainConfig(steps=12, batch_rows=8, micro_rows=4, compile="false", eval_every=5, eval_tokens=512, sample_tokens=8, log_every=1, device="cpu"),
+        train=TrainConfig(steps=12, batch_rows=8, micro_rows=4, compile="false", eval_every=5, eval_tokens=512,
+                          sample_tokens=8, log_every=1, device="cpu"),
         optim=OptimConfig(lr=3e-3, warmup_steps=2),
         run=RunConfig(out=str(out), save_every=4, tensorboard=False),
     )  # fmt: skip
     for key, value in changes.items():
         section, _, field = key.partition("_")
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
+        )
     return config
 
 
@@ -80,7 +95,9 @@ def start(config: Config, tmp_path: pathlib.Path, command=(sys.executable, "-c",
     path = tmp_path / f"{random.random()}.json"
     path.write_text(config.to_json())
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [*command, str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -102,7 +119,9 @@ def wait_for_step(out: pathlib.Path, step: int, process: subprocess.Popen) -> No
 
 def test_a_run_learns_and_leaves_everything_behind(data, tmp_path):
     out = tmp_path / "run"
-    config = config_for(data, out, train_steps=60, run_require_bigram=True, run_tensorboard=True, model_dropout=0.0, optim_lr=1e-2)
+    config = config_for(
+        data, out, train_steps=60, run_require_bigram=True, run_tensorboard=True, model_dropout=0.0, optim_lr=1e-2
+    )
     outcome = train.main(config, Reporter(quiet=True))
     curve = losses(out)
     assert curve[60] < 0.6 * curve[1]
@@ -141,7 +160,9 @@ def test_killed_at_a_random_step_it_continues_bit_for_bit(data, tmp_path):
 
 def test_compiled_training_resumes_bit_for_bit_too(data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    config = config_for(data, whole, train_steps=6, train_compile="true", run_save_every=3, train_eval_every=0, run_keep=5)
+    config = config_for(
+        data, whole, train_steps=6, train_compile="true", run_save_every=3, train_eval_every=0, run_keep=5
+    )
     finish(start(config, tmp_path))
     finish(start(dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(parts))), tmp_path))
     assert_identical(whole, parts)  # repeatable at all
@@ -176,7 +197,14 @@ def test_two_processes_learn_what_one_does(data, tmp_path, precision, bound):
         config = config_for(data, out, train_steps=8, model_dropout=0.0, train_precision=precision, train_eval_every=0)
         module = tmp_path / "run_config.py"
         module.write_text(RUN)
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(module))
+        torchrun = (
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            str(module),
+        )
         finish(start(config, tmp_path, torchrun))
         runs[processes] = losses(out)
     assert runs[1].keys() == runs[2].keys() and len(runs[1]) == 8
@@ -188,7 +216,10 @@ def test_the_split_into_micro_batches_does_not_matter(data, tmp_path):
     curves = []
     for rows in (8, 4, 2):
         out = tmp_path / str(rows)
-        train.main(config_for(data, out, train_steps=5, train_micro_rows=rows, model_dropout=0.0, train_eval_every=0), Reporter(quiet=True))
+        train.main(
+            config_for(data, out, train_steps=5, train_micro_rows=rows, model_dropout=0.0, train_eval_every=0),
+            Reporter(quiet=True),
+        )
         curves.append(losses(out))
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-5)
@@ -244,7 +275,8 @@ def test_a_vocabulary_too_small_for_the_data_is_refused(data, tmp_path):
 
 def test_kernel_choices_reach_the_call_sites_and_the_checkpoint(data, tmp_path):
     config = dataclasses.replace(
-        config_for(data, tmp_path, train_steps=1, model_dropout=0.0), kernels=KernelsConfig(attention="sdpa", override=("blocks.1.*:attention=reference",))
+        config_for(data, tmp_path, train_steps=1, model_dropout=0.0),
+        kernels=KernelsConfig(attention="sdpa", override=("blocks.1.*:attention=reference",)),
     )
     train.main(config, Reporter(quiet=True))
     rows = checkpoint.newest(tmp_path, pytest.fail).meta["kernels"]
