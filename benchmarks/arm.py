@@ -76,7 +76,7 @@ class ArmProcess:
 
     def start(self, config: Config, B: int, T: int, device: str, seed: int) -> dict[str, Any]:
         """Build and take two steps; see :meth:`Arm.start` for the answer."""
-        arguments = {"config": config.to_json(), "B": B, "T": T, "device": device, "seed": seed}
+        arguments: dict[str, Any] = {"config": config.to_json(), "B": B, "T": T, "device": device, "seed": seed}
         return self.ask("start", name=self.name, variant=self.variant, spawned=self.spawned, **arguments)
 
     def losses(self, steps: int) -> list[float]:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy
 import torch
@@ -124,7 +125,7 @@ def ceilings(bench: Bench) -> None:
     """The largest matmul and copy rates: what every other figure is a fraction of."""
     n = 128 if bench.tiny else 8192
     pairs = [(bench.randn(n, n), bench.randn(n, n)) for _ in range(2)]
-    bench.rate(f"matmul bf16 {n}^3", 2 * n**3, "TFLOP/s", [lambda a=a, b=b: a @ b for a, b in pairs])
+    bench.rate(f"matmul bf16 {n}^3", 2 * n**3, "TFLOP/s", [partial(torch.matmul, a, b) for a, b in pairs])
     if bench.device == "cuda":
         with bench.lines.attempt(f"matmul fp8 {n}^3"):
             a, b = (x.to(torch.float8_e4m3fn) for x in pairs[0])
@@ -134,7 +135,7 @@ def ceilings(bench: Bench) -> None:
     for mib in (1,) if bench.tiny else (64, 512, 4096):
         x = torch.zeros(mib << 20, device=bench.device, dtype=torch.uint8)
         y = torch.empty_like(x)
-        bench.rate(f"copy {mib} MiB (read + written)", 2 * x.numel(), "TB/s", lambda x=x, y=y: y.copy_(x))
+        bench.rate(f"copy {mib} MiB (read + written)", 2 * x.numel(), "TB/s", partial(y.copy_, x))
 
 
 def attention(bench: Bench) -> None:
@@ -148,7 +149,7 @@ def attention(bench: Bench) -> None:
         name = f"{kind} B={B} H={H} T={T} D={D} {'causal' if causal else 'full'}"
         q, k, v = (bench.randn(B, H, T, D, grad=True) for _ in range(3))
         with bench.lines.attempt(name), sdpa_kernel(getattr(SDPBackend, kind)):
-            forward = lambda q=q, k=k, v=v, causal=causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # noqa: E731
+            forward = partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)
             _forward_and_backward(bench, name, forward, (q, k, v), 4 * B * H * T * T * D / (2 if causal else 1))
 
 
@@ -164,7 +165,7 @@ def flex(bench: Bench) -> None:
         )  # it has no backward on a CPU
         with bench.lines.attempt(name):
             mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=bench.device)
-            forward = lambda q=q, k=k, v=v, mask=mask: compiled(q, k, v, block_mask=mask)  # noqa: E731
+            forward = partial(compiled, q, k, v, block_mask=mask)
             inputs = (q, k, v) if q.requires_grad else ()
             _forward_and_backward(bench, name, forward, inputs, 2 * B * H * T * T * D)
 
@@ -283,14 +284,12 @@ def textbook(bench: Bench) -> None:
     )
     if bench.device == "cpu":
         arms = [("false", "MATH")]
+    config, B, T = shape_of(bench, preset)
     for mode, kind in arms:
         variant = peers.Variant("bf16", "high", compile=mode)
-        select = lambda kind=kind: sdpa_kernel(getattr(SDPBackend, kind))  # noqa: E731
-        config, B, T = shape_of(bench, preset)
-        with bench.lines.attempt(f"{preset}, plain PyTorch, {variant}, {kind}"):
-            training = peer.build(config.model, variant, bench.device, config.optim, select)
-            tokens_per_second(bench, f"{preset}, plain PyTorch, {variant}, {kind}", training, config, B, T)
-        training = None
+        select = partial(sdpa_kernel, getattr(SDPBackend, kind))
+        build = partial(peer.build, config.model, variant, bench.device, config.optim, select)
+        tokens_per_second(bench, f"{preset}, plain PyTorch, {variant}, {kind}", build, config, B, T)
         bench.free()
 
 
@@ -305,26 +304,28 @@ def huggingface(bench: Bench) -> None:
     config, B, T = shape_of(bench, "gpt2_124m")
     for variant in peer.variants("cuda")[:2]:
         chosen = dataclasses.replace(variant, compile="false") if bench.tiny else variant
-        with bench.lines.attempt(f"gpt2_124m, transformers, {chosen}"):
-            training = peer.build(config.model, chosen, bench.device, config.optim)
-            tokens_per_second(bench, f"gpt2_124m, transformers, {chosen}", training, config, B, T)
-        training = None
+        build = partial(peer.build, config.model, chosen, bench.device, config.optim)
+        tokens_per_second(bench, f"gpt2_124m, transformers, {chosen}", build, config, B, T)
         bench.free()
 
 
-def tokens_per_second(bench: Bench, name: str, training: peers.Training, config: Config, B: int, T: int) -> None:
-    """Whole steps (forward, backward, clip, update) of one implementation."""
-    batches = peers.batches(config.model, B, T, 4, bench.device)
-    steps = [lambda batch=batch: training.step(*batch) for batch in batches]
-    start = time.monotonic()
-    training.step(*batches[0]).item()
-    first_s = time.monotonic() - start
-    if bench.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    arm = iter_arm(steps, bench.warm)
-    warm = timing.warm_up(arm, limit_runs=2 if bench.tiny else 20, limit_s=60.0)
-    ms = sorted(arm() for _ in range(2 if bench.tiny else 30))
-    write_speed(bench, name, float(numpy.median(ms)), config.model, B, T, first_s=round(first_s, 1), warm=warm.stable)
+def tokens_per_second(
+    bench: Bench, name: str, build: Callable[[], peers.Training], config: Config, B: int, T: int
+) -> None:
+    """Whole steps (forward, backward, clip, update) of one implementation; what fails is recorded under its name."""
+    with bench.lines.attempt(name):
+        start = time.monotonic()
+        training = build()
+        batches = peers.batches(config.model, B, T, 4, bench.device)
+        training.step(*batches[0]).item()
+        first_s = time.monotonic() - start
+        if bench.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        arm = iter_arm([partial(training.step, *batch) for batch in batches], bench.warm)
+        warm = timing.warm_up(arm, limit_runs=2 if bench.tiny else 20, limit_s=60.0)
+        ms = [arm() for _ in range(2 if bench.tiny else 30)]
+        facts = {"first_step_s": round(first_s, 1), "warm": warm.stable}
+        write_speed(bench, name, float(numpy.median(ms)), config.model, B, T, **facts)
 
 
 def iter_arm(steps: Sequence[Callable[[], object]], clock: timing.Clock) -> timing.Arm:

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import gc
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -72,9 +73,9 @@ def training_by_kernels(bench: Bench) -> None:
     met says why.
     """
     config, B, T = shape_of(bench, "gpt2_124m")
-    precision = "fp32" if bench.tiny else "bf16"
-    compile_ = "false" if bench.tiny else "auto"
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision, compile=compile_))
+    if bench.tiny:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile="false"))
+    precision = "bf16" if peers.fast_bf16(bench.device) else "fp32"  # what ours resolves "auto" to
     batches = peers.batches(config.model, B, T, 4, bench.device)
     weights = peers.initial_weights(config.model)
     arms: dict[str, timing.Arm] = {}
@@ -83,7 +84,7 @@ def training_by_kernels(bench: Bench) -> None:
     def add(name: str, training: ours.Training | peers.Training) -> None:
         training.load(weights)
         losses[name] = ([training.step(*batches[i]).item() for i in range(LOSS_STEPS)], precision)
-        arms[name] = iter_arm([lambda batch=batch: training.step(*batch) for batch in batches], bench.warm)
+        arms[name] = iter_arm([partial(training.step, *batch) for batch in batches], bench.warm)
 
     variant = peers.Variant(precision, "high", compile="false" if bench.tiny else "default")
     with bench.lines.attempt("plain PyTorch"):

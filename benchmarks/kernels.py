@@ -226,7 +226,8 @@ def bench_ops(request: Request, gate: Gate, clock: timing.Clock, refused: list[d
 
 def on_device(bench: Bench) -> None:
     """The stage ``kernels`` of ``make gpu``: every op at the shapes that matter, in bf16."""
-    gate, refused = Gate(bench.device), []
+    gate = Gate(bench.device)
+    refused: list[dict[str, str]] = []
     wanted = [OPS["layer_norm"]] if bench.tiny else list(OPS.values())
     request = Request(wanted, bench.device, (torch.bfloat16,))
     if bench.tiny:
@@ -264,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         unknown = [name for name in given if name not in known]
         if unknown:
             parser.error(f"there is no {noun} {', '.join(unknown)}; {noun}s: {', '.join(known)}")
-    gate, refused = Gate(device), []
+    gate = Gate(device)
+    refused: list[dict[str, str]] = []
     clock = timing.clock_for(device, scrub_bytes=256 << 20)
     result = record.begin("kernels", shlex.join(["python", "-P", "-m", "tritium.benchmarks.kernels", *argv]), device)
     rows = []

@@ -2,12 +2,16 @@
 untimed.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
 from tritium.benchmarks.kernels import CPU_GFLOP, Gate, call_of
 from tritium.kernels import contract
-from tritium.kernels.op import KernelError
+from tritium.kernels.case import Case
+from tritium.kernels.op import KernelError, Op
 from tritium.kernels.ops import OPS
 from tritium.kernels.site import Machine
 
@@ -16,7 +20,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 GATE = Gate(DEVICE)
 
 
-def runnable():
+def runnable() -> Iterator[Any]:
     """(op, backend, case, what) of everything that says it can run here, at the shapes that matter."""
     machine = Machine.here(DEVICE)
     for op in OPS.values():
@@ -34,7 +38,7 @@ def runnable():
 
 
 @pytest.mark.parametrize(("op", "name", "case", "what"), list(runnable()))
-def test_speed(benchmark, op, name, case, what):
+def test_speed(benchmark: Any, op: Op, name: str, case: Case, what: str) -> None:
     backend = op.load(name)
     assert GATE.admits(op, backend, DTYPE), "\n".join(GATE.red)
     benchmark.group = f"{op.name} {case} {what}"

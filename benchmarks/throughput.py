@@ -20,7 +20,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tritium.benchmarks import peers, record, timing
@@ -221,7 +221,7 @@ class _Run:
         return seen, finalists
 
 
-def equal_losses(arms: dict[str, tuple[Sequence[float], str]]) -> dict[str, Any]:
+def equal_losses(arms: Mapping[str, tuple[Sequence[float], str]]) -> dict[str, Any]:
     """Hold every arm's losses to the first arm's; arms: key → (losses, its variant's text)."""
     (first, (wanted, first_variant)), *rest = arms.items()
     worst, found = 0.0, []

@@ -79,9 +79,9 @@ class Training:
         self.module, self.device, self.optim, self.attention = module, device, optim, attention
         self.bf16 = variant.precision == "bf16"
         self.rename = rename
-        compiled = {} if variant.compile == "default" else {"mode": variant.compile}
+        mode = None if variant.compile == "default" else variant.compile
         self.forward = (
-            loss if variant.compile == "false" else torch.compile(loss, dynamic=False, fullgraph=True, **compiled)
+            loss if variant.compile == "false" else torch.compile(loss, dynamic=False, fullgraph=True, mode=mode)
         )
         self.optimizer = self._optimizer()
 

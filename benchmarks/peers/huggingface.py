@@ -74,13 +74,13 @@ def build(
 
     if variant.padded and OWN_LOSS in variant.extra:
         raise ValueError(f"{variant}: its loss counts the padding of the vocabulary; use padded=False")
-    rows = model.padded_vocab_size if variant.padded else model.vocab_size
     config = GPT2Config(
-        vocab_size=rows, n_positions=model.block_size, n_embd=model.n_embd, n_layer=model.n_layer, n_head=model.n_head,
-        layer_norm_epsilon=model.norm_eps, activation_function="gelu_new", resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
-        attn_implementation=_register_causal_sdpa() if CAUSAL in variant.extra else "sdpa",
+        vocab_size=model.padded_vocab_size if variant.padded else model.vocab_size, n_positions=model.block_size,
+        n_embd=model.n_embd, n_layer=model.n_layer, n_head=model.n_head, layer_norm_epsilon=model.norm_eps,
+        activation_function="gelu_new", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
+    config._attn_implementation = _register_causal_sdpa() if CAUSAL in variant.extra else "sdpa"
     with torch.device(device):
         module = GPT2LMHeadModel(config).train()
     module.loss_type = "ForCausalLM"  # left unset it is found anew, with a log line, in every forward: a graph break

@@ -95,7 +95,7 @@ def test_different_losses_are_refused(tmp_path, monkeypatch, capsys, wrong):
 
 
 def test_every_variant_is_tried_and_the_fastest_are_compared(tmp_path, monkeypatch, capsys):
-    """One variant does not run: it is on record with the reason; one is 10 % slower: it is on record and not compared."""
+    """A variant that does not run is on record with the reason; one that is 10 % slower too, and it is not compared."""
 
     class Varied(FakeArm):
         def step_ms(self):
