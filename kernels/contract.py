@@ -125,6 +125,17 @@ class _Broken(AssertionError):
     """A rule of the contract that does not hold; its text is the report's reason."""
 
 
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """fp32 products in fp32: with TF32 the fp32 reference would be wrong, and the bound that follows from it wide."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # ------------------------------------------------------------------------------------------------------------ checking
 
 
@@ -162,10 +173,11 @@ def check(
         return report(False, reason, refused=True)
     errors: list[Compared] = []
     try:
-        if op.updates:
-            _check_update(op, loaded, case, dtype, device, compiled, seed, errors)
-        else:
-            _check_function(op, loaded, case, dtype, device, compiled, seed, phase, variants, errors)
+        with _full_precision():
+            if op.updates:
+                _check_update(op, loaded, case, dtype, device, compiled, seed, errors)
+            else:
+                _check_function(op, loaded, case, dtype, device, compiled, seed, phase, variants, errors)
     except _Broken as broken:
         return report(False, "; ".join([str(broken), *(str(e) for e in errors if not e.ok)]), errors)
     except Exception as error:  # whatever a backend raises on a case it accepted is a finding, with its place
@@ -336,16 +348,16 @@ def _run(
 ) -> _Result:
     """Call ``function`` on fresh leaves of ``arguments``; with ``upstream`` gradients, differentiate as well."""
     leaves = {n: _leaf(v) if isinstance(v, Tensor) else v for n, v in arguments.items()}
-    before = {n: v.detach().clone() for n, v in leaves.items() if isinstance(v, Tensor)} if unchanged else {}
-    grads_before = [g.clone() for g in upstream or []] if unchanged else []
+    before = {n: _storage(v).clone() for n, v in leaves.items() if isinstance(v, Tensor)} if unchanged else {}
+    grads_before = [_storage(g).clone() for g in upstream or []] if unchanged else []
     with torch.set_grad_enabled(train):
         raw = function(**leaves)
     outputs = list(raw) if isinstance(raw, (tuple, list)) else [raw]
     if not all(isinstance(o, Tensor) for o in outputs):
         raise _Broken(f"returns {', '.join(type(o).__name__ for o in outputs)}; an op returns tensors")
     if upstream is not None and [o.shape for o in outputs] != [g.shape for g in upstream]:
-        shapes, wanted = ([tuple(t.shape) for t in group] for group in (outputs, upstream))
-        raise _Broken(f"returns shapes {shapes} where the reference returns {wanted}")
+        returned, expected = ([tuple(t.shape) for t in group] for group in (outputs, upstream))
+        raise _Broken(f"returns shapes {returned} where the reference returns {expected}")
     names = ["output"] if not isinstance(raw, (tuple, list)) else [f"output {i}" for i in range(len(outputs))]
     result = _Result({n: o.detach() for n, o in zip(names, outputs, strict=True)})
     wanted = {n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
@@ -358,13 +370,18 @@ def _run(
         )
         for (name, leaf), gradient in zip(wanted.items(), found, strict=True):
             result[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
-    for name, value in before.items():
-        if not _same_bits(value, leaves[name].detach()):
-            raise _Broken(f"changes its argument {name}")
-    for index, (now, then) in enumerate(zip(upstream or [], grads_before, strict=False)):
-        if not _same_bits(now, then):
+    for name, storage in before.items():
+        if not torch.equal(storage, _storage(leaves[name])):
+            raise _Broken(f"changes its argument {name}, or the memory between its elements")
+    for index, (now, storage) in enumerate(zip(upstream or [], grads_before, strict=False)):
+        if not torch.equal(storage, _storage(now)):
             raise _Broken(f"backward changes the upstream gradient of output {index}")
     return result
+
+
+def _storage(value: Tensor) -> Tensor:
+    """All bytes that a tensor lies in, those between its elements included."""
+    return torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.detach().untyped_storage())
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def auto(op: Op, site: Site, entries: Sequence[Tuned] | None = None) -> tuple[st
     for entry in tuning() if entries is None else entries:
         if not entry.covers(site):
             continue
-        passed = []
+        passed: list[str] = []
         for name in entry.order:
             reason = op.load(name).unsupported(site)
             if reason is None:

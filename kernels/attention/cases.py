@@ -3,6 +3,8 @@
 Options: the op's own; documents (False): rows hold several documents, so a ``seq_start`` is given.
 """
 
+from typing import Any
+
 import torch
 
 from tritium.kernels.case import Case
@@ -75,7 +77,7 @@ def seq_start(case: Case) -> torch.Tensor:
     return starts
 
 
-def exact_zeros(case: Case, arguments: dict[str, object]) -> dict[str, torch.Tensor]:
+def exact_zeros(case: Case, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Queries before the first key see nothing: they give zeros, and so does their gradient."""
     B, Tq, Tk, H, D = (case.shape[letter] for letter in ("B", "Tq", "Tk", "H", "D"))
     blind = torch.arange(Tq, device=arguments["q"].device) + Tk - Tq < 0

@@ -86,6 +86,9 @@ def unsupported(site: Site, kernel: str | None) -> str | None:
     for option, sentence in _REFUSALS.items():
         if site.option(option, 0.0):
             return sentence
+    B, Tq, Tk = (site.shape.get(letter) for letter in ("B", "Tq", "Tk"))
+    if site.device == "cuda" and 0 in (B, Tq, Tk):
+        return f"torch's fused kernels take no empty batch, this site has B={B}, Tq={Tq}, Tk={Tk}; choose reference"
     if kernel is None or (kernel == "flash" and site.device == "cpu"):
         return None
     names = {"flash": "flash", "efficient": "memory-efficient", "cudnn": "cuDNN"}
@@ -103,7 +106,9 @@ def unsupported(site: Site, kernel: str | None) -> str | None:
         return f"{own} takes D ≤ {most} (cuDNN: a multiple of 8), this has D={D}; choose sdpa"
     if site.deterministic and site.needs_grad and kernel != "flash":
         return f"{own} adds in no fixed order backwards; choose sdpa_flash, or set deterministic=false"
-    causal, Tq, Tk = site.option("causal", True), site.shape.get("Tq"), site.shape.get("Tk")
+    if kernel == "cudnn" and Tk == 1:
+        return f"{own} takes no single key, this site has Tq={Tq}, Tk={Tk}; choose sdpa"
+    causal = site.option("causal", True)
     if kernel == "flash":
         shape = f"causal Tq={Tq} on Tk={Tk}" if causal and Tq not in (Tk, 1) else None
         hidden = "documents" if site.option("documents") else "a window" if site.option("window") else shape

@@ -3,6 +3,8 @@
 Options: the op's own; ignored (0.0): the share of rows whose target is ignore_index.
 """
 
+from typing import Any
+
 import torch
 
 from tritium.kernels.case import Case
@@ -55,7 +57,7 @@ def targets(case: Case, generator: torch.Generator) -> torch.Tensor:
     return torch.where(ignored, ignore_index, made)
 
 
-def exact_zeros(case: Case, arguments: dict[str, object]) -> dict[str, torch.Tensor]:
+def exact_zeros(case: Case, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Where the reference defines zeros: the loss and gradient of ignored rows, the gradient of padding."""
     ignored = arguments["targets"] == case.options.get("ignore_index", -100)
     padding = torch.arange(case.shape["Vp"], device=ignored.device) >= case.shape["V"]

@@ -4,6 +4,7 @@ Options: repeated (False): few distinct ids.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def _axes(case: Case) -> tuple[int, ...]:
     return tuple(case.shape[letter] for letter in ("B", "T", "N") if letter in case.shape)
 
 
-def exact_zeros(case: Case, arguments: dict[str, object]) -> dict[str, torch.Tensor]:
+def exact_zeros(case: Case, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The gradient of a row that no id names."""
     unused = torch.ones(case.shape["V"], dtype=torch.bool, device=arguments["ids"].device)
     unused[arguments["ids"].flatten()] = False

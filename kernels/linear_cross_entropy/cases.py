@@ -3,6 +3,8 @@
 Options: the op's own; master (True): the weight is fp32 whatever x is; ignored (0.0): the share of ignored rows.
 """
 
+from typing import Any
+
 import torch
 
 from tritium.kernels.case import Case
@@ -44,7 +46,7 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int
     }
 
 
-def exact_zeros(case: Case, arguments: dict[str, object]) -> dict[str, torch.Tensor]:
+def exact_zeros(case: Case, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Where the reference defines zeros: ignored rows of dx, padding rows of dweight."""
     ignored = arguments["targets"] == case.options.get("ignore_index", -100)
     padding = torch.arange(case.shape["Vp"], device=ignored.device) >= case.shape["V"]

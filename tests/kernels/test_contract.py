@@ -191,6 +191,13 @@ def uninitialised_gradient(x, weight, bias=None, eps=1e-5):
     return layer_norm(Leaky.apply(x), weight, bias, eps)
 
 
+def gap_written(x, weight, bias=None, eps=1e-5):
+    if not x.is_contiguous():  # a store past the end of a row
+        offset = x.storage_offset() + (x.shape[-1] if x.stride(-1) == 1 else 1)
+        torch.as_strided(x.detach(), (1,), (1,), offset).fill_(0)
+    return layer_norm(x, weight, bias, eps)
+
+
 def upstream_changed(x, weight, bias=None, eps=1e-5):
     return Rude.apply(layer_norm(x, weight, bias, eps))
 
@@ -249,6 +256,7 @@ def grad_mode_only(x, weight, bias=None, eps=1e-5):
         (gradient_of_weight_scaled, "gradient of weight"),
         (gradient_of_bias_lost, "no output requires grad although bias does.*plain gradient of bias"),
         (input_changed, "changes its argument x"),
+        (gap_written, "changes its argument x, or the memory between its elements"),
         (uninitialised_output, r"plain output: max error nan"),
         (uninitialised_gradient, r"plain gradient of x: max error nan"),
         (upstream_changed, "changes the upstream gradient of output 0"),
@@ -578,11 +586,14 @@ def test_reports_read_well():
 
 
 def test_checking_leaves_torchs_settings_as_they_were():
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    def settings() -> tuple:
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.are_deterministic_algorithms_enabled(), fill, torch.get_float32_matmul_precision()
+
+    before = settings()
     contract.check(ops.layer_norm, planted(raises), small(ops.layer_norm)[3], FP32)
     contract.check(ops.layer_norm, "reference", small(ops.layer_norm)[3], FP32)
-    after = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    assert after == before
+    assert settings() == before
 
 
 def test_inputs_with_gaps_and_their_copies_hold_nan_between_the_values():
