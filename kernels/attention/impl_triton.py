@@ -1,24 +1,28 @@
 """attention in Triton: the FlashAttention-2 algorithm, forward and backward, without atomics.
 
-Mathematics, for a query row i of one head and the keys j it sees (reference.py says which), c the softcap:
-    s_ij = scale·q_i·k_j  (softcapped: c·tanh(s_ij/c))        lse_i = log Σ_j exp s_ij        p_ij = exp(s_ij - lse_i)
+Mathematics, for query i of one head and the keys j it sees (reference.py says which), c the softcap:
+    s_ij = scale·q_i·k_j, softcapped c·tanh(s_ij/c)      lse_i = log Σ_j exp s_ij      p_ij = exp(s_ij - lse_i)
     y_i = Σ_j p_ij v_j
-    dv_j = Σ_i p_ij dy_i        dp_ij = dy_i·v_j        delta_i = Σ_j p_ij dp_ij = y_i·dy_i
-    ds_ij = p_ij (dp_ij - delta_i)  (softcapped: times 1 - (s_ij/c)²)        dq_i = scale Σ_j ds_ij k_j        dk_j = scale Σ_i ds_ij q_i
-With dropout of probability r and keep mask z_ij (reference.keep_mask, the same hash bit for bit): p_ij becomes p_ij z_ij/(1 - r) in y and dv,
-and dp_ij becomes dp_ij z_ij/(1 - r). A row that sees no key: y = 0, lse = +∞, hence p = 0 and no gradient anywhere.
+    dv_j = Σ_i p_ij dy_i      dp_ij = dy_i·v_j           delta_i = Σ_j p_ij dp_ij = y_i·dy_i
+    ds_ij = p_ij (dp_ij - delta_i), softcapped times 1 - (s_ij/c)²
+    dq_i = scale Σ_j ds_ij k_j                           dk_j = scale Σ_i ds_ij q_i
+With dropout r and the keep mask z of reference.keep_mask (the same hash, bit for bit) y and dv have p_ij z_ij/(1 - r)
+for p_ij, and dp_ij is multiplied by z_ij/(1 - r). A query that sees no key: y = 0, lse = +∞, so p = 0 and no gradient.
 
-Shapes: B batch, Tq queries, Tk keys, H query heads, G key/value heads, R = H/G, D head width; BLOCK_M queries by BLOCK_N keys a tile,
-BLOCK_D the power of two ≥ D.
+Shapes: B batch, Tq queries, Tk keys, H query heads, G key/value heads, R = H/G, D head width; a tile is BLOCK_M queries
+by BLOCK_N keys; BLOCK_D is the power of two that holds D.
 
-Forward: a program holds BLOCK_M queries and walks the keys, keeping the running maximum m, sum l and unnormalised output in fp32, all in base 2
-    (log₂e is folded into the scale). Saved: q, k, v, y and lse (B, H, Tq) fp32 in base 2.
-Backward: delta first; then dk and dv, a program holding BLOCK_N keys of one key head and walking the queries of its R query heads; then dq, a
-    program holding BLOCK_M queries and walking the keys. Each result has one writer: bitwise repeatable, and grouped heads need no buffers.
-Each walk has up to three parts: tiles cut by a window's or document's beginning, tiles seen whole, which carry no mask, and tiles cut by the
-diagonal or the end. Tiles that nothing sees are not visited.
-FLOPs over the P visible pairs: forward 4·P·H·D, backward 10·P·H·D (2 of them recompute s). Bytes: q, k, v, y and their gradients, once. The bound
-is the tensor cores; beside them each pair costs one exp2 in either direction, which at D = 64 is as dear as the GEMMs.
+Forward: a program holds BLOCK_M queries and walks the keys with the running maximum m, the running sum l and the
+    unnormalised y in fp32, in base 2: log₂e is folded into the scale. Saved: q, k, v, y, and lse (B, H, Tq), base 2.
+Backward: delta; then dk and dv, a program holding BLOCK_N keys of one key head and walking the queries of its R heads;
+    then dq, where a program holds BLOCK_M queries and walks the keys. Every result has one writer, so it is bitwise
+    repeatable, and grouped heads need no buffers.
+A walk has up to three parts: tiles that a window or a document cuts at its beginning; tiles seen whole, which carry no
+mask; tiles that the diagonal or the end cuts. Tiles that nobody sees are not visited.
+
+FLOPs over the P visible pairs: forward 4·P·H·D, backward 10·P·H·D, of which 2 compute s again. Bytes: q, k, v, y and
+their gradients once. The bound is the tensor cores; beside them each pair costs an exp2 in either direction, which at
+D = 64 takes as long as its products.
 """
 
 from __future__ import annotations
@@ -44,12 +48,14 @@ LOWEST = tl.constexpr(
 SCAN = tl.constexpr(1024)  # entries of seq_start looked at in one step
 
 
-# ---------------------------------------------------------------------------------------------- masks, ranges and scores
+# ---------------------------------------------------------------------------------------------- masks, ranges and
+# scores
 
 
 @triton.jit
 def _visible(i, j, start, Tk, past, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Whether query i sees key j; i, j and start broadcast. past = Tk - Tq, so that i + past is the query's position."""
+    """Whether query i sees key j; i, j and start broadcast. past = Tk - Tq, so that i + past is the query's
+    position."""
     seen = j < Tk
     if CAUSAL:
         seen = seen & (j <= i + past)
@@ -71,7 +77,8 @@ def _key_ranges(
     START, m0, Tq, Tk, past, window, stride_st,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The keys for queries m0 … m0 + BLOCK_M - 1: (first, whole, tail, last) with first ≤ whole ≤ tail multiples of BLOCK_N; tiles in
+    """The keys for queries m0 … m0 + BLOCK_M - 1: (first, whole, tail, last) with first ≤ whole ≤ tail multiples of
+    BLOCK_N; tiles in
     [whole, tail) are seen whole, those in [first, whole) and [tail, last) in part."""
     last, tail = Tk, Tk
     first, whole = 0, 0
@@ -110,7 +117,8 @@ def _query_ranges(
         tail = tl.minimum(Tq, n0 + window - past)
     first = tl.maximum(first, 0)
     if START is not None:
-        # queries from `unseen` on belong to documents that start after this tile; those before `cut` to documents that start before it
+        # queries from `unseen` on belong to documents that start after this tile; those before `cut` to documents
+        # that start before it
         cut = Tq
         unseen = 0
         for t in range(first, Tq, SCAN):
@@ -123,7 +131,8 @@ def _query_ranges(
     last = tl.maximum(last, 0)
     first = tl.minimum(first, last) // BLOCK_M * BLOCK_M
     whole = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(whole, 0), BLOCK_M), tl.cdiv(last, BLOCK_M)) * BLOCK_M, first)
-    tail = tl.maximum(tl.maximum(tail, 0) // BLOCK_M * BLOCK_M, whole)
+    if WINDOW or START is not None:
+        tail = tl.maximum(tl.maximum(tail, 0) // BLOCK_M * BLOCK_M, whole)
     return first, whole, tail, last
 
 
@@ -137,14 +146,19 @@ def _keep(row, j, Tk, seed, threshold):
 
 
 @triton.jit
-def _load_rows(X, rows, columns, T, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """A tile of rows by D columns, zeros beyond T (if MASKED) and beyond D."""
-    at = X + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+def _load_rows(
+    X, first, T, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """The tile of rows first … first + ROWS - 1 by D columns, zeros beyond T (if MASKED) and beyond D. The tile's
+    place is one 64-bit
+    number and the offsets in it are 32-bit ones that no loop changes."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    at = X + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if MASKED:
         if D == BLOCK_D:
-            return tl.load(at, (rows < T)[:, None], other=0.0)
+            return tl.load(at, (first + rows < T)[:, None], other=0.0)
         else:
-            return tl.load(at, (rows < T)[:, None] & (columns < D)[None, :], other=0.0)
+            return tl.load(at, (first + rows < T)[:, None] & (columns < D)[None, :], other=0.0)
     else:
         if D == BLOCK_D:
             return tl.load(at)
@@ -152,20 +166,28 @@ def _load_rows(X, rows, columns, T, stride, D: tl.constexpr, BLOCK_D: tl.constex
             return tl.load(at, (columns < D)[None, :], other=0.0)
 
 
+@triton.jit
+def _store_rows(X, tile, first, T, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The opposite of _load_rows, rounded to X's dtype."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    at = X + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    tl.store(at, tile.to(X.dtype.element_ty), (first + rows < T)[:, None] & (columns < D)[None, :])
+
+
 # -------------------------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
 def _forward_part(
-    y, m, l, q, K, V, begin, end, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor, softcap, threshold,
+    y, m, l, q, K, V, begin, end, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor, softcap,
+    threshold,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Walk the key tiles in [begin, end)."""
-    d = tl.arange(0, BLOCK_D)
     for n0 in range(begin, end, BLOCK_N):
         j = n0 + tl.arange(0, BLOCK_N)
-        k = _load_rows(K, j, d, Tk, stride_kt, D, BLOCK_D, MASKED)
+        k = _load_rows(K, n0, Tk, stride_kt, BLOCK_N, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
             s = softcap * tanh(s * (factor / softcap))
@@ -181,20 +203,23 @@ def _forward_part(
         y = y * rescale[:, None]
         if DROPOUT:
             p = tl.where(_keep(row[:, None], j[None, :], Tk, seed, threshold), p, 0.0)
-        v = _load_rows(V, j, d, Tk, stride_vt, D, BLOCK_D, MASKED)
+        v = _load_rows(V, n0, Tk, stride_vt, BLOCK_N, D, BLOCK_D, MASKED)
         y = tl.dot(p.to(v.dtype), v, y, input_precision=PRECISION)
         m = m_new
     return y, m, l
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "H", "R", "window", "threshold"])
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "window", "threshold"])
 def _forward(
-    Q, K, V, START, SEED, Y, LSE, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_sb, stride_st, Tq, Tk, H, R, factor, softcap, window, threshold, keep_scale,
+    Q, K, V, START, SEED, Y, LSE, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb,
+    stride_vt, stride_vh,
+    stride_sb, stride_st, Tq, Tk, H, factor, softcap, window, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # blocks of one head are neighbours, to share its keys in the cache; the longest (the last of a causal head) go first
+    # blocks of one head are neighbours, to share its keys in the cache; the longest (the last of a causal head) go
+    # first
     blocks = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // blocks
     m0 = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
@@ -204,37 +229,38 @@ def _forward(
     V += b * stride_vb + (h // R) * stride_vh
     past = Tk - Tq
     i = m0 + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
     row = bh * Tq + i
     start = None
     if START is not None:
         START += b * stride_sb
         start = _starts(START, i, Tq, stride_st)[:, None]
     seed = tl.load(SEED) if DROPOUT else 0
-    q = _load_rows(Q, i, d, Tq, stride_qt, D, BLOCK_D, True)
+    q = _load_rows(Q, m0, Tq, stride_qt, BLOCK_M, D, BLOCK_D, True)
     y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     first, whole, tail, last = _key_ranges(START, m0, Tq, Tk, past, window, stride_st, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     if WINDOW or START is not None:
         y, m, l = _forward_part(
-            y, m, l, q, K, V, first, whole, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor, softcap, threshold,
+            y, m, l, q, K, V, first, whole, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor,
+            softcap, threshold,
             True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_N,
         )  # fmt: skip
     y, m, l = _forward_part(
-        y, m, l, q, K, V, whole, tail, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor, softcap, threshold,
+        y, m, l, q, K, V, whole, tail, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor, softcap,
+        threshold,
         False, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     y, m, l = _forward_part(
-        y, m, l, q, K, V, tail, last, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor, softcap, threshold,
+        y, m, l, q, K, V, tail, last, i, row, start, seed, Tk, past, window, stride_kt, stride_vt, factor, softcap,
+        threshold,
         True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     blind = l == 0.0  # these rows saw no key
     y = y * (keep_scale / tl.where(blind, 1.0, l))[:, None]
     lse = tl.where(blind, float("inf"), m + tl.log2(tl.where(blind, 1.0, l)))
     tl.store(LSE + bh.to(tl.int64) * Tq + i, lse, i < Tq)
-    at = Y + ((b * Tq + i.to(tl.int64)) * H + h)[:, None] * D + d[None, :]
-    tl.store(at, y.to(Y.dtype.element_ty), (i < Tq)[:, None] & (d < D)[None, :])
+    _store_rows(Y + (b * Tq * H + h) * D, y, m0, Tq, H * D, BLOCK_M, D, BLOCK_D)
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
@@ -247,66 +273,73 @@ def _delta(
     blocks = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // blocks
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    i = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    y = _load_rows(Y + (b * Tq * H + h) * D, i, d, Tq, H * D, D, BLOCK_D, True).to(tl.float32)
-    dy = _load_rows(DY + b * stride_db + h * stride_dh, i, d, Tq, stride_dt, D, BLOCK_D, True).to(tl.float32)
+    m0 = tl.program_id(0) % blocks * BLOCK_M
+    i = m0 + tl.arange(0, BLOCK_M)
+    y = _load_rows(Y + (b * Tq * H + h) * D, m0, Tq, H * D, BLOCK_M, D, BLOCK_D, True).to(tl.float32)
+    dy = _load_rows(DY + b * stride_db + h * stride_dh, m0, Tq, stride_dt, BLOCK_M, D, BLOCK_D, True).to(tl.float32)
     tl.store(DELTA + bh.to(tl.int64) * Tq + i, tl.sum(y * dy, 1), i < Tq)
 
 
 @triton.jit
 def _backward_keys_part(
-    dk, dv, k, v, Q, DY, LSE, DELTA, START, begin, end, j, head_row, seed, Tq, Tk, past, window, stride_qt, stride_dt, stride_st,
-    factor, softcap, threshold, keep_scale,
+    dk, dv, k, v, Q, DY, LSE, DELTA, START, begin, end, j, row, seed, Tq, Tk, past, window, stride_qh, stride_qt,
+    stride_dh, stride_dt,
+    stride_st, factor, softcap, threshold, keep_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Walk the query tiles in [begin, end). Tiles are transposed, keys by queries, so that no product needs p or ds turned."""
-    d = tl.arange(0, BLOCK_D)
-    for m0 in range(begin, end, BLOCK_M):
+    """Walk the query tiles in [begin, end) of R heads, in one loop: nested ones cost registers. Q … DELTA and row are
+    the first head's.
+    Tiles are transposed, keys by queries, so that no product needs p or ds turned. Queries past the end need no mask:
+    they are read as
+    zeros with an lse of +∞, so their p is 0."""
+    tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)
+    for t in range(0, tiles * R):
+        if R == 1:
+            r, m0 = 0, begin + t * BLOCK_M
+        else:
+            r, m0 = t // tiles, begin + t % tiles * BLOCK_M
         i = m0 + tl.arange(0, BLOCK_M)
-        q = _load_rows(Q, i, d, Tq, stride_qt, D, BLOCK_D, MASKED)
+        q = _load_rows(Q + r * stride_qh, m0, Tq, stride_qt, BLOCK_M, D, BLOCK_D, True)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if SOFTCAP:
-            t = tanh(s * (factor / softcap))
-            s = softcap * t
+            tanh_s = tanh(s * (factor / softcap))
+            s = softcap * tanh_s
             to_base_2 = LOG2E
         else:
             to_base_2 = factor
-        if MASKED:
-            lse = tl.load(LSE + i, i < Tq, other=float("inf"))
-            delta = tl.load(DELTA + i, i < Tq, other=0.0)
-        else:
-            lse = tl.load(LSE + i)
-            delta = tl.load(DELTA + i)
+        lse = tl.load(LSE + r * Tq + i, i < Tq, other=float("inf"))
+        delta = tl.load(DELTA + r * Tq + i, i < Tq, other=0.0)
         p = tl.exp2(s * to_base_2 - lse[None, :])
         if MASKED:
             start = None
             if START is not None:
                 start = _starts(START, i, Tq, stride_st)[None, :]
             p = tl.where(_visible(i[None, :], j[:, None], start, Tk, past, window, CAUSAL, WINDOW), p, 0.0)
-        dy = _load_rows(DY, i, d, Tq, stride_dt, D, BLOCK_D, MASKED)
+        dy = _load_rows(DY + r * stride_dh, m0, Tq, stride_dt, BLOCK_M, D, BLOCK_D, True)
         dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
         if DROPOUT:
-            kept = _keep((head_row + i)[None, :], j[:, None], Tk, seed, threshold)
+            kept = _keep((row + r * Tq + i)[None, :], j[:, None], Tk, seed, threshold)
             dp = tl.where(kept, dp * keep_scale, 0.0)
             dv = tl.dot(tl.where(kept, p * keep_scale, 0.0).to(dy.dtype), dy, dv, input_precision=PRECISION)
         else:
             dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
-            ds = ds * (1 - t * t)
+            ds = ds * (1 - tanh_s * tanh_s)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "G", "R", "window", "threshold"])
+@triton.jit(do_not_specialize=["Tq", "Tk", "G", "window", "threshold"])
 def _backward_keys(
     Q, K, V, DY, START, SEED, LSE, DELTA, DK, DV,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh,
-    stride_sb, stride_st, Tq, Tk, G, R, scale, factor, softcap, window, threshold, keep_scale,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db,
+    stride_dt, stride_dh,
+    stride_sb, stride_st, Tq, Tk, G, scale, factor, softcap, window, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tk, BLOCK_N)
     bg = tl.program_id(0) // blocks
@@ -314,42 +347,40 @@ def _backward_keys(
     b, g = (bg // G).to(tl.int64), (bg % G).to(tl.int64)
     past = Tk - Tq
     j = n0 + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
     if START is not None:
         START += b * stride_sb
     seed = tl.load(SEED) if DROPOUT else 0
-    k = _load_rows(K + b * stride_kb + g * stride_kh, j, d, Tk, stride_kt, D, BLOCK_D, True)
-    v = _load_rows(V + b * stride_vb + g * stride_vh, j, d, Tk, stride_vt, D, BLOCK_D, True)
+    k = _load_rows(K + b * stride_kb + g * stride_kh, n0, Tk, stride_kt, BLOCK_N, D, BLOCK_D, True)
+    v = _load_rows(V + b * stride_vb + g * stride_vh, n0, Tk, stride_vt, BLOCK_N, D, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     first, whole, tail, last = _query_ranges(
         START, n0, Tq, Tk, past, window, stride_st, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
     )
-    for r in range(R):
-        h = g * R + r
-        head = b * (G * R) + h
-        Qh, DYh = Q + b * stride_qb + h * stride_qh, DY + b * stride_db + h * stride_dh
-        LSEh, DELTAh = LSE + head * Tq, DELTA + head * Tq
-        if CAUSAL:
-            dk, dv = _backward_keys_part(
-                dk, dv, k, v, Qh, DYh, LSEh, DELTAh, START, first, whole, j, head * Tq, seed, Tq, Tk, past, window,
-                stride_qt, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
-                True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M,
-            )  # fmt: skip
+    head = b * (G * R) + g * R  # the first of the R query heads
+    Q += b * stride_qb + g * R * stride_qh
+    DY += b * stride_db + g * R * stride_dh
+    LSE += head * Tq
+    DELTA += head * Tq
+    if CAUSAL:
         dk, dv = _backward_keys_part(
-            dk, dv, k, v, Qh, DYh, LSEh, DELTAh, START, whole, tail, j, head * Tq, seed, Tq, Tk, past, window,
-            stride_qt, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
-            False, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M,
+            dk, dv, k, v, Q, DY, LSE, DELTA, START, first, whole, j, head * Tq, seed, Tq, Tk, past, window,
+            stride_qh, stride_qt, stride_dh, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
+            True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, R, D, BLOCK_D, BLOCK_M,
         )  # fmt: skip
+    dk, dv = _backward_keys_part(
+        dk, dv, k, v, Q, DY, LSE, DELTA, START, whole, tail, j, head * Tq, seed, Tq, Tk, past, window,
+        stride_qh, stride_qt, stride_dh, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
+        False, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, R, D, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
+    if WINDOW or START is not None:
         dk, dv = _backward_keys_part(
-            dk, dv, k, v, Qh, DYh, LSEh, DELTAh, START, tail, last, j, head * Tq, seed, Tq, Tk, past, window,
-            stride_qt, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
-            True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M,
+            dk, dv, k, v, Q, DY, LSE, DELTA, START, tail, last, j, head * Tq, seed, Tq, Tk, past, window,
+            stride_qh, stride_qt, stride_dh, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
+            True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, R, D, BLOCK_D, BLOCK_M,
         )  # fmt: skip
-    at = ((b * Tk + j.to(tl.int64)) * G + g)[:, None] * D + d[None, :]
-    mask = (j < Tk)[:, None] & (d < D)[None, :]
-    tl.store(DK + at, (dk * scale).to(DK.dtype.element_ty), mask)
-    tl.store(DV + at, dv.to(DV.dtype.element_ty), mask)
+    _store_rows(DK + (b * Tk * G + g) * D, dk * scale, n0, Tk, G * D, BLOCK_N, D, BLOCK_D)
+    _store_rows(DV + (b * Tk * G + g) * D, dv, n0, Tk, G * D, BLOCK_N, D, BLOCK_D)
 
 
 @triton.jit
@@ -360,38 +391,39 @@ def _backward_queries_part(
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Walk the key tiles in [begin, end)."""
-    d = tl.arange(0, BLOCK_D)
     for n0 in range(begin, end, BLOCK_N):
         j = n0 + tl.arange(0, BLOCK_N)
-        k = _load_rows(K, j, d, Tk, stride_kt, D, BLOCK_D, MASKED)
+        k = _load_rows(K, n0, Tk, stride_kt, BLOCK_N, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
-            t = tanh(s * (factor / softcap))
-            s = softcap * t
+            tanh_s = tanh(s * (factor / softcap))
+            s = softcap * tanh_s
             to_base_2 = LOG2E
         else:
             to_base_2 = factor
         p = tl.exp2(s * to_base_2 - lse[:, None])
         if MASKED:
             p = tl.where(_visible(i[:, None], j[None, :], start, Tk, past, window, CAUSAL, WINDOW), p, 0.0)
-        v = _load_rows(V, j, d, Tk, stride_vt, D, BLOCK_D, MASKED)
+        v = _load_rows(V, n0, Tk, stride_vt, BLOCK_N, D, BLOCK_D, MASKED)
         dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             dp = tl.where(_keep(row[:, None], j[None, :], Tk, seed, threshold), dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if SOFTCAP:
-            ds = ds * (1 - t * t)
+            ds = ds * (1 - tanh_s * tanh_s)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "H", "R", "window", "threshold"])
+@triton.jit(do_not_specialize=["Tq", "Tk", "H", "window", "threshold"])
 def _backward_queries(
     Q, K, V, DY, START, SEED, LSE, DELTA, DQ,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh,
-    stride_sb, stride_st, Tq, Tk, H, R, scale, factor, softcap, window, threshold, keep_scale,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db,
+    stride_dt, stride_dh,
+    stride_sb, stride_st, Tq, Tk, H, scale, factor, softcap, window, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // blocks
@@ -401,15 +433,14 @@ def _backward_queries(
     V += b * stride_vb + (h // R) * stride_vh
     past = Tk - Tq
     i = m0 + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
     row = bh * Tq + i
     start = None
     if START is not None:
         START += b * stride_sb
         start = _starts(START, i, Tq, stride_st)[:, None]
     seed = tl.load(SEED) if DROPOUT else 0
-    q = _load_rows(Q + b * stride_qb + h * stride_qh, i, d, Tq, stride_qt, D, BLOCK_D, True)
-    dy = _load_rows(DY + b * stride_db + h * stride_dh, i, d, Tq, stride_dt, D, BLOCK_D, True)
+    q = _load_rows(Q + b * stride_qb + h * stride_qh, m0, Tq, stride_qt, BLOCK_M, D, BLOCK_D, True)
+    dy = _load_rows(DY + b * stride_db + h * stride_dh, m0, Tq, stride_dt, BLOCK_M, D, BLOCK_D, True)
     lse = tl.load(LSE + bh.to(tl.int64) * Tq + i, i < Tq, other=float("inf"))
     delta = tl.load(DELTA + bh.to(tl.int64) * Tq + i, i < Tq, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -417,7 +448,8 @@ def _backward_queries(
     if WINDOW or START is not None:
         dq = _backward_queries_part(
             dq, q, dy, lse, delta, K, V, first, whole, i, row, start, seed, Tk, past, window, stride_kt, stride_vt,
-            factor, softcap, threshold, keep_scale, True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_N,
+            factor, softcap, threshold, keep_scale, True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D,
+            BLOCK_N,
         )  # fmt: skip
     dq = _backward_queries_part(
         dq, q, dy, lse, delta, K, V, whole, tail, i, row, start, seed, Tk, past, window, stride_kt, stride_vt,
@@ -427,8 +459,7 @@ def _backward_queries(
         dq, q, dy, lse, delta, K, V, tail, last, i, row, start, seed, Tk, past, window, stride_kt, stride_vt,
         factor, softcap, threshold, keep_scale, True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
-    at = DQ + ((b * Tq + i.to(tl.int64)) * H + h)[:, None] * D + d[None, :]
-    tl.store(at, (dq * scale).to(DQ.dtype.element_ty), (i < Tq)[:, None] & (d < D)[None, :])
+    _store_rows(DQ + (b * Tq * H + h) * D, dq * scale, m0, Tq, H * D, BLOCK_M, D, BLOCK_D)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -443,13 +474,47 @@ class Config(NamedTuple):
     num_stages: int
 
 
+# (kernel, family, largest D) → tile, for 16-bit inputs: the largest that compiles without spills, with documents too
+# (kernels/aot.py says)
+TILES = {
+    ("forward", "ampere", 64): Config(128, 64, 8, 3),
+    ("forward", "hopper", 64): Config(128, 64, 8, 3),
+    ("forward", "blackwell", 64): Config(128, 64, 8, 3),
+    ("forward", "ampere", 128): Config(128, 64, 8, 3),
+    ("forward", "hopper", 128): Config(128, 64, 8, 3),
+    ("forward", "blackwell", 128): Config(128, 64, 8, 3),
+    ("forward", "ampere", 256): Config(64, 32, 8, 2),
+    ("forward", "hopper", 256): Config(64, 32, 8, 2),
+    ("forward", "blackwell", 256): Config(64, 32, 8, 2),
+    ("backward_keys", "ampere", 64): Config(32, 128, 8, 2),
+    ("backward_keys", "hopper", 64): Config(64, 64, 4, 2),
+    ("backward_keys", "blackwell", 64): Config(64, 64, 8, 2),
+    ("backward_keys", "ampere", 128): Config(32, 64, 4, 2),
+    ("backward_keys", "hopper", 128): Config(32, 128, 8, 2),
+    ("backward_keys", "blackwell", 128): Config(32, 64, 8, 2),
+    ("backward_keys", "ampere", 256): Config(32, 32, 8, 1),
+    ("backward_keys", "hopper", 256): Config(32, 64, 8, 1),
+    ("backward_keys", "blackwell", 256): Config(32, 64, 8, 1),
+    ("backward_queries", "ampere", 64): Config(64, 64, 4, 2),
+    ("backward_queries", "hopper", 64): Config(64, 64, 4, 3),
+    ("backward_queries", "blackwell", 64): Config(64, 64, 4, 2),
+    ("backward_queries", "ampere", 128): Config(64, 32, 4, 2),
+    ("backward_queries", "hopper", 128): Config(64, 64, 8, 2),
+    ("backward_queries", "blackwell", 128): Config(64, 64, 8, 2),
+    ("backward_queries", "ampere", 256): Config(32, 32, 8, 1),
+    ("backward_queries", "hopper", 256): Config(64, 32, 8, 1),
+    ("backward_queries", "blackwell", 256): Config(64, 32, 8, 1),
+}  # fmt: skip
+
+
 def config(kernel: str, arch: int, D: int, dtype: torch.dtype) -> Config:
-    """The tile of ``kernel`` ("forward", "backward_keys" or "backward_queries"), chosen so that nothing spills (see kernels/aot.py)."""
+    """The tile of ``kernel`` ("forward", "backward_keys" or "backward_queries"). fp32 multiplies without tensor
+    cores, in small tiles."""
     if dtype == torch.float32:
-        return Config(32, 32, 4, 1)
-    if kernel == "forward":
-        return Config(128, 64, 4 if D <= 64 else 8, 3)
-    return Config(64, 64, 4, 2)
+        return Config(32, 32, 4 if D <= 64 else 8, 1)
+    # what the tensor cores are: mma, warp-group mma, tcgen05; sm_120 has mma again
+    family = "hopper" if arch // 10 == 9 else "blackwell" if arch // 10 in (10, 11) else "ampere"
+    return TILES[kernel, family, 64 if D <= 64 else 128 if D <= 128 else 256]
 
 
 def _common(
@@ -457,13 +522,14 @@ def _common(
 ) -> tuple[dict[str, object], dict[str, object]]:
     """(numbers, constants) that all three big kernels take."""
     D = q.shape[-1]
-    numbers = dict(
-        Tq=q.shape[1], Tk=k.shape[1], R=q.shape[2] // k.shape[2], factor=scale if softcap > 0 else scale * LOG2E.value,
+    numbers: dict[str, object] = dict(  # noqa: C408
+        Tq=q.shape[1], Tk=k.shape[1], factor=scale if softcap > 0 else scale * LOG2E.value,
         softcap=softcap, window=window, threshold=int(dropout * 2**32), keep_scale=1 / (1 - dropout),
     )  # fmt: skip
-    constants = dict(
+    constants: dict[str, object] = dict(  # noqa: C408
         CAUSAL=causal, WINDOW=window > 0, SOFTCAP=softcap > 0, DROPOUT=dropout > 0,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", D=D, BLOCK_D=max(launch.power_of_two(D), 16),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        R=q.shape[2] // k.shape[2], D=D, BLOCK_D=max(launch.power_of_two(D), 16),
     )  # fmt: skip
     return numbers, constants
 
@@ -550,8 +616,8 @@ def _check(
     G = k.shape[2]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D or (H % G if G else H):
         raise ValueError(
-            f"attention takes q (B, Tq, H, D) and k, v (B, Tk, G, D) with H a multiple of G; they are {tuple(q.shape)}, {tuple(k.shape)} "
-            f"and {tuple(v.shape)}"
+            "attention takes q (B, Tq, H, D) and k, v (B, Tk, G, D) with H a multiple of G; "
+            f"they are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"attention takes q, k and v of one dtype; they are {q.dtype}, {k.dtype} and {v.dtype}")
@@ -559,7 +625,8 @@ def _check(
         raise ValueError(f"attention in Triton: {reason}")
     if not scale > 0:
         raise ValueError(
-            f"attention in Triton folds the scale into the running maximum: it must be positive, it is {scale}; choose reference"
+            f"attention in Triton needs a positive scale, since it scales after taking the maximum; it is {scale}; "
+            "choose reference"
         )
     if seq_start is not None and seq_start.shape != (B, Tq):
         raise ValueError(f"attention takes seq_start of shape (B, Tq) = ({B}, {Tq}); it is {tuple(seq_start.shape)}")
@@ -599,13 +666,14 @@ def _pairs(Tq: int, Tk: int, causal: bool, window: int) -> float:
         return Tq * Tk
 
     def seen(T: float) -> float:  # ∫₀ᵀ min(p, window) dp
-        return T * T / 2 if window <= 0 or T <= window else window * window / 2 + window * (T - window)
+        return T * T / 2 if window <= 0 or window >= T else window * window / 2 + window * (T - window)
 
     return seen(Tk) - seen(max(Tk - Tq, 0))
 
 
 def _flops(
-    q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, seq_start: object, seed: object, causal: bool, scale: float,
+    q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, seq_start: object, seed: object, causal: bool,
+    scale: float,
     window: int, *args: object, out_shape: object = None, **kwargs: object,
 ) -> int:  # fmt: skip
     """The two GEMMs over the visible pairs; documents are not known to a formula and count as one."""
@@ -614,10 +682,13 @@ def _flops(
 
 
 def _flops_backward(
-    dy_shape: torch.Size, q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, seq_start: object, seed: object, y_shape: object,
-    lse_shape: object, causal: bool, scale: float, window: int, *args: object, out_shape: object = None, **kwargs: object,
+    dy_shape: torch.Size, q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, seq_start: object,
+    seed: object, y_shape: object,
+    lse_shape: object, causal: bool, scale: float, window: int, *args: object, out_shape: object = None,
+    **kwargs: object,
 ) -> int:  # fmt: skip
-    """Four GEMMs: dv, dp, dq and dk. Recomputing the scores is a cost of this algorithm, not work of the model, and is not counted."""
+    """Four GEMMs: dv, dp, dq and dk. Recomputing the scores is a cost of this algorithm, not work of the model, and
+    is not counted."""
     return 2 * _flops(q_shape, k_shape, v_shape, seq_start, seed, causal, scale, window)
 
 
@@ -646,7 +717,8 @@ def attention(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """q (B, Tq, H, D), k and v (B, Tk, G, D), strided views read in place → (B, Tq, H, D) in q's dtype; the options are the reference's."""
+    """q (B, Tq, H, D), k and v (B, Tk, G, D), strided views read in place → (B, Tq, H, D) in q's dtype; the options
+    are the reference's."""
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     return _attention(q, k, v, seq_start, seed, causal, scale, window, softcap, dropout)
 

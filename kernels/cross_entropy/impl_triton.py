@@ -4,18 +4,21 @@ Mathematics, per row, over the V = vocab_size real columns (ε label_smoothing, 
     z = logit, or c·tanh(logit/c) with softcap c        lse = log Σ_j exp z_j        p_j = exp(z_j - lse)
     loss = (1 - ε)(lse - z_t) + ε(lse - mean z) + ζ lse²
     dz_j = dloss · [p_j(1 + 2ζ lse) - (1 - ε)[j = t] - ε/V]        dlogit_j = dz_j (1 - (z_j/c)²)
-A row whose target is ignore_index has loss 0 and gradient 0, and its logits are not read. A target outside [0, V) that is not ignore_index
-reads nothing and makes the row's loss and gradient NaN: loud, without the host synchronisation that an error would take.
+A row whose target is ignore_index has loss 0 and gradient 0, and its logits are not read. A target outside [0, V) that
+is not ignore_index reads nothing and makes the row's loss and gradient NaN: loud, and without the host synchronisation
+that an error would take.
 
-Shapes: N rows, V real columns, Vp ≥ V columns of the logits. The padding columns never enter; their gradient is zero.
+Shapes: N rows, V real columns, Vp ≥ V columns of the logits. The padding never enters; its gradient is zero.
 
-One program per row walks it in tiles of BLOCK_V columns: the running maximum is a scalar, the running sum a vector that is added up once at
-the end, so a tile costs one exp2 per element and one reduction. Full tiles carry no mask, which keeps their loads wide.
-Saved: lse (N,) fp32, and the logits themselves.
-Bytes, for elements of b bytes: forward N·V·b, backward N·(V + Vp)·b; about 5 and 4 FLOPs a logit: the bound is memory bandwidth.
+One program per row walks it in tiles of BLOCK_V columns: the running maximum is a scalar, the running sum a vector that
+is added up once at the end, so a tile costs one exp2 per element and one reduction. Full tiles carry no mask, which
+keeps their loads wide. Saved: lse (N,) fp32, and the logits themselves.
 
-`losses_and_gradient_in_place` is for linear_cross_entropy: losses, and the gradient for an upstream of one written over the logits, in one
-launch. Its second pass finds the row (100 KB at GPT-2's vocabulary in bf16) in the cache.
+Bytes, for elements of b bytes: forward N·V·b, backward N·(V + Vp)·b; about 5 and 4 FLOPs a logit: the bound is memory
+bandwidth.
+
+`losses_and_gradient_in_place` is for linear_cross_entropy: losses, and the gradient for an upstream of one written over
+the logits, in one launch. Its second pass finds the row (100 KB of GPT-2's vocabulary in bf16) in the cache.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ def _load(ROW, columns, mask, softcap, SOFTCAP: tl.constexpr, MASKED: tl.constex
 
 @triton.jit
 def _accumulate(top, sums, total, z, mask, SMOOTH: tl.constexpr, MASKED: tl.constexpr):
-    """One tile into the running maximum, the running Σ exp(z - top), and Σ z if SMOOTH. (z - top first: it is exact where it matters.)"""
+    """One tile into the running maximum, the running Σ exp(z - top), and Σ z if SMOOTH. (z - top first: it is exact
+    where it matters.)"""
     new_top = tl.maximum(top, tl.max(z, 0))
     sums = sums * tl.exp2((top - new_top) * LOG2E) + tl.exp2((z - new_top) * LOG2E)
     if SMOOTH:
@@ -141,7 +145,9 @@ def _forward(
         tl.store(LOSSES + row, 0.0)
         tl.store(LSE + row, 0.0)
     else:
-        loss, lse = _row_loss(LOGITS + row * stride_logits, target, V, smoothing, z_loss, softcap, SMOOTH, SOFTCAP, BLOCK_V)
+        loss, lse = _row_loss(
+            LOGITS + row * stride_logits, target, V, smoothing, z_loss, softcap, SMOOTH, SOFTCAP, BLOCK_V
+        )
         tl.store(LOSSES + row, loss)
         tl.store(LSE + row, lse)
 
@@ -157,7 +163,8 @@ def _backward(
         _row_zeros(DLOGITS + row * Vp, Vp, BLOCK_V)
     else:
         _row_gradient(
-            LOGITS + row * stride_logits, DLOGITS + row * Vp, target, tl.load(LSE + row), tl.load(DLOSSES + row * stride_dloss),
+            LOGITS + row * stride_logits, DLOGITS + row * Vp, target, tl.load(LSE + row),
+            tl.load(DLOSSES + row * stride_dloss),
             V, Vp, smoothing, z_loss, softcap, SMOOTH, SOFTCAP, BLOCK_V,
         )  # fmt: skip
 
@@ -195,10 +202,16 @@ def config(V: int) -> Config:
 
 
 def _launch_forward(
-    logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
+    logits: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     launch.require_dtype("cross_entropy", logits=logits)
-    check(*logits.shape, targets, vocab_size)
+    check(logits.shape[0], logits.shape[1], targets, vocab_size)
     logits = launch.unit_stride(logits)
     N = logits.shape[0]
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
@@ -225,7 +238,8 @@ def _launch_backward(
         tile = config(vocab_size)
         with launch.on_device(logits):
             _backward[(N,)](
-                dlosses, logits, targets, lse, dlogits, dlosses.stride(0), logits.stride(0), targets.stride(0), vocab_size, Vp,
+                dlosses, logits, targets, lse, dlogits, dlosses.stride(0), logits.stride(0), targets.stride(0),
+                vocab_size, Vp,
                 ignore_index, label_smoothing, z_loss, softcap,
                 SMOOTH=label_smoothing > 0, SOFTCAP=softcap > 0, BLOCK_V=tile.BLOCK_V, num_warps=tile.num_warps,
             )  # fmt: skip
@@ -233,9 +247,17 @@ def _launch_backward(
 
 
 def losses_and_gradient_in_place(
-    logits: Tensor, targets: Tensor, losses: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
 ) -> None:
-    """Fill ``losses`` (N,) fp32 and overwrite ``logits`` (N, Vp) with d losses.sum() / d logits. For linear_cross_entropy; no autograd."""
+    """Fill ``losses`` (N,) fp32 and overwrite ``logits`` (N, Vp) with d losses.sum() / d logits. For
+    linear_cross_entropy; no autograd."""
     N, Vp = logits.shape
     if N == 0:
         return
@@ -251,11 +273,13 @@ def losses_and_gradient_in_place(
 def check(rows: int, columns: int, targets: Tensor, vocab_size: int) -> None:
     """Raise ValueError unless ``targets`` and ``vocab_size`` fit logits of that shape."""
     if not 1 <= vocab_size <= columns:
-        raise ValueError(f"cross_entropy needs 1 ≤ vocab_size ≤ columns of the logits; they are {vocab_size} and {columns}")
+        raise ValueError(
+            f"cross_entropy needs 1 ≤ vocab_size ≤ columns of the logits; they are {vocab_size} and {columns}"
+        )
     if targets.shape != (rows,) or targets.dtype != torch.int64:
         raise ValueError(
-            f"cross_entropy takes one int64 target a row: the logits have {rows} rows, targets are {targets.dtype} of shape "
-            f"{tuple(targets.shape)}"
+            f"cross_entropy takes one int64 target a row: the logits have {rows} rows, "
+            f"targets are {targets.dtype} of shape {tuple(targets.shape)}"
         )
 
 
@@ -263,7 +287,13 @@ def check(rows: int, columns: int, targets: Tensor, vocab_size: int) -> None:
 
 
 def _fake_forward(
-    logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
+    logits: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
     return losses, torch.empty_like(losses)

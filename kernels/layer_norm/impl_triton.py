@@ -7,12 +7,14 @@ Mathematics, per row, with mean and variance over its C elements:
 
 Shapes: N rows (the product of the leading axes), C width, P programs of the backward.
 
-Forward: a program takes BLOCK_N whole rows, keeps them in registers and does mean and variance in two passes over those, in fp32.
-    Saved: mean and r, (N,) fp32, 8 bytes a row, so that backward reads x and dy once and reduces only what depends on dy.
-Backward: P programs, a fixed number per processor, each walk every P-th block of rows and keep their share of dweight and dbias in fp32
-    registers; one row per program goes to memory and a second kernel adds the P rows. No atomics: bitwise repeatable on one GPU model.
-Bytes, for elements of b bytes: forward 2·N·C·b, backward 3·N·C·b, plus 16·P·C for the partial sums. About 8 and 14 FLOPs an element:
-    the bound is memory bandwidth.
+Forward: a program reads BLOCK_N whole rows, keeps them in registers and takes mean and variance in two passes,
+    in fp32. Saved: mean and r, (N,) fp32, 8 bytes a row; backward then reads x and dy once.
+Backward: P programs, a fixed number per processor, each walk every P-th block of rows and keep their share of dweight
+    and dbias in fp32 registers; one row per program goes to memory and a second kernel adds the P rows. No atomics:
+    bitwise repeatable on one GPU model.
+
+Bytes, for elements of b bytes: forward 2·N·C·b, backward 3·N·C·b, plus 16·P·C for the partial sums. About 8 and 14
+FLOPs an element: the bound is memory bandwidth.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ MAX_C = 65536  # a row is one tile; beyond this a tile no longer fits the regist
 
 
 @triton.jit(do_not_specialize=["N"])
-def _forward(X, WEIGHT, BIAS, Y, MEAN, RSTD, stride_x, N, eps, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _forward(
+    X, WEIGHT, BIAS, Y, MEAN, RSTD, stride_x, N, eps, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_C)
     real = (columns < C)[None, :]
@@ -105,7 +109,8 @@ def _add_partials(PARTIAL, DWEIGHT, DBIAS, P, C: tl.constexpr, BLOCK_P: tl.const
 
 
 class Config(NamedTuple):
-    """A tile is BLOCK_N rows of BLOCK_C columns, worked on by num_warps warps; programs_per_processor: of the backward's grid."""
+    """A tile is BLOCK_N rows of BLOCK_C columns, worked on by num_warps warps; programs_per_processor: of the
+    backward's grid."""
 
     BLOCK_N: int
     BLOCK_C: int
@@ -114,7 +119,8 @@ class Config(NamedTuple):
 
 
 def config(C: int, *, backward: bool) -> Config:
-    """The tile: whole rows, small ones grouped, so that a thread holds 16 elements of each operand as long as 16 warps allow."""
+    """The tile: whole rows, small ones grouped, so that a thread holds 16 elements of each operand as long as 16
+    warps allow."""
     BLOCK_C = launch.power_of_two(C)
     elements = 2048 if backward else 4096
     BLOCK_N = max(1, min(elements // BLOCK_C, 64))
@@ -139,7 +145,8 @@ def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) 
         tile = config(C, backward=False)
         with launch.on_device(x):
             _forward[(triton.cdiv(N, tile.BLOCK_N),)](
-                rows, weight.contiguous(), bias if bias is None else bias.contiguous(), y, mean, rstd, rows.stride(0), N, eps,
+                rows, weight.contiguous(), bias if bias is None else bias.contiguous(), y, mean, rstd,
+                rows.stride(0), N, eps,
                 C=C, BLOCK_N=tile.BLOCK_N, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps,
             )  # fmt: skip
     return y, mean, rstd
@@ -175,7 +182,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"layer_norm in Triton takes rows of 1 to {MAX_C} elements, x has {C}; choose reference")
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and vector.shape != (C,):
-            raise ValueError(f"layer_norm: {name} must have shape ({C},) like x's last axis, it has {tuple(vector.shape)}")
+            raise ValueError(
+                f"layer_norm: {name} must have shape ({C},) like x's last axis, it has {tuple(vector.shape)}"
+            )
 
 
 def _allocate_gradients(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """What every Triton launcher needs to know about its device, and the reasons every Triton backend may refuse for.
 
-The facts come from Triton's active driver, never from torch.cuda, so that the ahead-of-time checks, which put a driver of another
-architecture in its place, compile exactly what a launcher would choose there. In the interpreter there is no driver: launchers then act as
-on an H100 with few processors.
+The facts come from Triton's active driver and never from torch.cuda, so that the ahead-of-time checks, which put the
+driver of another architecture in its place, compile exactly what a launcher would choose there. The interpreter has no
+driver: launchers then act as on an H100 with few processors.
 """
 
 from __future__ import annotations
@@ -67,5 +67,6 @@ def require_dtype(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in DTYPES:
             raise TypeError(
-                f"{op} in Triton takes float32, bfloat16 or float16; {name} is {tensor.dtype}; cast it, or choose reference"
+                f"{op} in Triton takes float32, bfloat16 or float16; {name} is {tensor.dtype}; "
+                "cast it, or choose reference"
             )

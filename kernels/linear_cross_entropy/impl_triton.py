@@ -1,17 +1,18 @@
-"""linear_cross_entropy in Triton: the head's GEMMs by torch, chunk by chunk, with the cross_entropy kernel between them.
+"""linear_cross_entropy in Triton: the head's GEMMs by torch, chunk by chunk, the cross_entropy kernel between them.
 
 Mathematics:
-    logits = x Wᵀ        loss = Σ_rows cross_entropy(logits)        G = dloss/dlogits (for an upstream gradient of one)
-    dx = g · G W         dW = g · Gᵀ x                              g: the upstream gradient, a scalar
+    logits = x Wᵀ        loss = Σ_rows cross_entropy(logits)        E = dloss/dlogits (for an upstream gradient of one)
+    dx = g · E W         dW = g · Eᵀ x                              g: the upstream gradient, a scalar
 
 Shapes: N rows, C width, Vp rows of the weight, V = vocab_size real ones, n rows of one chunk.
 
-Forward, for each chunk of n rows: logits into one buffer; the kernel writes the losses and, over the logits, their gradient G; then both
-gradient GEMMs read the buffer, and the next chunk reuses it. dW is accumulated in fp32 and returned in the weight's dtype. Nothing is
-recomputed: backward scales the saved dx and dW by g. Without gradients (evaluation) only the first GEMM and the losses remain.
-Saved: dx and dW, in place of N·Vp logits. W is cast to x's dtype once per call.
-FLOPs: 6·N·C·Vp with gradients, 2·N·C·Vp without. The logits cross memory 6 times (written, read twice by the kernel and written, read by two
-GEMMs) and dW twice per chunk, which is why a chunk is as large as CHUNK_BYTES allows. The bound is the GEMMs.
+Forward, for each chunk of n rows: logits into a buffer; the kernel writes the losses and, over the logits, E; both
+    gradient GEMMs read the buffer, and the next chunk reuses it. dW is accumulated in fp32 and returned in the weight's
+    dtype. Without gradients (evaluation) only the first GEMM and the losses remain. W is cast to x's dtype once a call.
+Backward scales dx and dW by g; nothing is recomputed. Saved: dx and dW, in place of N·Vp logits.
+
+FLOPs: 6·N·C·Vp with gradients, 2·N·C·Vp without. The logits cross memory 6 times (written, read twice by the kernel and
+written, read by two GEMMs) and dW twice per chunk, which is why chunks are large. The bound is the GEMMs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.site import Site
 
 DETERMINISTIC = True
-CHUNK_BYTES = 512 * 2**20  # of logits: 5,300 rows of GPT-2's vocabulary in bf16, where the traffic of dW is below 7 % of the GEMMs' time
+CHUNK_BYTES = (
+    512 * 2**20
+)  # of logits: 5,300 rows of GPT-2's vocabulary in bf16, where the traffic of dW is below 7 % of the GEMMs' time
 SCALE_BLOCK = 4096
 
 
@@ -48,7 +51,8 @@ def chunk_rows(N: int, Vp: int, itemsize: int) -> int:
 
 
 def _launch_forward(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float,
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float,
+    z_loss: float,
     softcap: float, chunk: int, need_dx: bool, need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check(x, weight, targets, vocab_size)
@@ -89,7 +93,8 @@ def _launch_backward(dloss: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """x times a scalar on the device, which stays fp32 (torch would round it to x's dtype first: 0.2 % of every gradient in bf16)."""
+    """x times a scalar on the device, which stays fp32 (torch would round it to x's dtype first: 0.2 % of every
+    gradient in bf16)."""
     y = torch.empty_like(x)
     if x.numel() > 0:
         with launch.on_device(x):
@@ -101,7 +106,8 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
     launch.require_dtype("linear_cross_entropy", x=x, weight=weight)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"linear_cross_entropy takes x (N, C) and weight (Vp, C) of one width; they are {tuple(x.shape)} and {tuple(weight.shape)}"
+            "linear_cross_entropy takes x (N, C) and weight (Vp, C) of one width; "
+            f"they are {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     cross_entropy.check(x.shape[0], weight.shape[0], targets, vocab_size)
 
@@ -110,7 +116,8 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
 
 
 def _fake_forward(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float,
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float,
+    z_loss: float,
     softcap: float, chunk: int, need_dx: bool, need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     loss = x.new_empty((), dtype=torch.float32)
@@ -121,7 +128,9 @@ def _fake_backward(dloss: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, 
     return torch.empty_like(dx), torch.empty_like(dweight)
 
 
-def _flops(x_shape: torch.Size, weight_shape: torch.Size, *args: object, out_shape: object = None, **kwargs: object) -> int:
+def _flops(
+    x_shape: torch.Size, weight_shape: torch.Size, *args: object, out_shape: object = None, **kwargs: object
+) -> int:
     """All three GEMMs belong to the forward; backward is left with none. ``args`` ends with need_dx, need_dweight."""
     (N, C), Vp = x_shape, weight_shape[0]
     return 2 * N * C * Vp * (1 + bool(args[-2]) + bool(args[-1]))
@@ -154,7 +163,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """x (N, C), weight (Vp, C), targets (N,) int64 → the sum of the rows' losses, () fp32.
 
-    The gradients are computed here, for those of x and weight that require one and unless ``with_grad`` is False; then the loss is detached.
+    The gradients are computed here, for those of x and weight that require one and unless ``with_grad`` is False;
+    then the loss is detached.
     """
     if not with_grad:
         x, weight = x.detach(), weight.detach()

@@ -1,8 +1,8 @@
-"""Makes bf16 right in Triton's interpreter (3.6 to 3.9), for tests: :func:`install` before a kernel runs, with TRITON_INTERPRET=1.
+"""Makes bf16 right in Triton's interpreter (3.6 to 3.9), for tests: :func:`install`, with TRITON_INTERPRET=1.
 
-The interpreter keeps a bf16 tensor as the uint16 of its bits. ``tl.dot``, ``+``, ``*`` and the like then calculate on those bits, and the
-conversion from fp32 truncates where the hardware rounds to nearest even. Here operands are widened to fp32 (exactly), the operation is done
-there, and its result is rounded, which is what the GPU's bf16 instructions give.
+The interpreter keeps a bf16 tensor as the uint16 of its bits. ``tl.dot``, ``+``, ``*`` and the like then calculate on
+those bits, and the conversion from fp32 truncates where the hardware rounds to nearest even. Here operands are widened
+to fp32 (exactly), the operation is done there, and its result is rounded: what the GPU's bf16 instructions give.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def round_to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def install() -> None:
-    """Replace the interpreter's dot, elementwise arithmetic and fp32 → bf16 conversion. Calling it again changes nothing."""
+    """Replace the interpreter's dot, elementwise arithmetic and fp32 → bf16 conversion. Calling it again changes
+    nothing."""
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "bf16_is_right", False):
         return
