@@ -27,6 +27,8 @@ MISSING = {
     "rich", "tyro", "tokenizers", "safetensors", "zstandard", "transformers", "tensorboard", "matplotlib", "datasets",
 }  # fmt: skip
 
+pytestmark = pytest.mark.timeout(300)  # processes that import torch, one after the other
+
 
 def test_cheap_stages_are_rehearsed_on_a_bare_machine(tmp_path):
     """Each stage as a process of its own does it, from a file, tritium not installed, and nothing there but torch and

@@ -13,6 +13,8 @@ from tritium.engine.config import Config, GPTConfig, TrainConfig
 MODEL = GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=32)
 CONFIG = Config(name="few", model=MODEL, train=TrainConfig(precision="fp32", compile="false"))
 
+pytestmark = pytest.mark.timeout(300)  # processes that import torch, one after the other
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
