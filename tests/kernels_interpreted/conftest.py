@@ -1,6 +1,7 @@
 """The Triton kernels' numbers, through Triton's interpreter on CPU tensors.
 
-Run them with TRITON_INTERPRET=1 pytest tests/kernels_interpreted. Triton reads the variable when it decorates a kernel, so these tests have a process of their own.
+Run them with TRITON_INTERPRET=1 pytest tests/kernels_interpreted. Triton reads the variable when it decorates a kernel,
+so these tests have a process of their own.
 """
 
 import importlib.util

@@ -1,0 +1,271 @@
+"""What the contract does not ask of every backend: views in place, loud bad targets, nothing in vain, FLOPs, refusals."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tritium.kernels import ops
+from tritium.kernels.attention import impl_triton as attention
+from tritium.kernels.attention import reference as attention_reference
+from tritium.kernels.cross_entropy import impl_triton as cross_entropy
+from tritium.kernels.layer_norm import impl_triton as layer_norm
+from tritium.kernels.lib import triton_launch
+from tritium.kernels.linear_cross_entropy import impl_triton as linear_cross_entropy
+from tritium.kernels.site import Machine, Site
+
+OPS = ("attention", "layer_norm", "cross_entropy", "linear_cross_entropy")
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def test_attention_reads_a_packed_qkv_in_place(monkeypatch):
+    B, T, H, D = 2, 9, 2, 8
+    qkv = random(B, T, 3, H, D).requires_grad_()
+    copies = []
+    original = torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda t, *a, **k: copies.append(t.shape) or original(t, *a, **k))
+    y = attention.attention(*qkv.unbind(2))
+    assert not copies
+    monkeypatch.undo()
+    y.square().sum().backward()
+    again = qkv.detach().clone().requires_grad_()
+    attention_reference.attention(*again.unbind(2)).square().sum().backward()
+    torch.testing.assert_close(qkv.grad, again.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_keeps_the_very_weights_the_reference_keeps():
+    """With v the identity, y holds the weights themselves: which are zero is the mask."""
+    B, T, H = 2, 16, 2
+    q, k = random(B, T, H, 16), random(B, T, H, 16, seed=1)
+    v = torch.eye(T)[None, :, None, :].expand(B, T, H, T)
+    seed = torch.tensor(2**40 + 987654321)
+    options = {"causal": False, "dropout": 0.4, "seed": seed}
+    weights = attention.attention(q, k, v, **options)
+    kept = attention_reference.keep_mask(torch.Size((B, H, T, T)), 0.4, seed)
+    assert torch.equal(weights.transpose(1, 2) != 0, kept)
+    torch.testing.assert_close(weights, attention_reference.attention(q, k, v, **options), rtol=1e-5, atol=1e-6)
+
+
+def test_queries_that_see_nothing_are_zero_and_have_no_gradient():
+    q, k, v = (random(1, T, 1, 16, seed=T).requires_grad_() for T in (7, 3, 3))
+    y = attention.attention(q, k, v)  # the last three queries are the positions 0, 1, 2; four come before any key
+    assert (y[:, :4] == 0).all()
+    assert (y[:, 4:] != 0).all()
+    dq, dk, dv = torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
+    assert (dq[:, :4] == 0).all()
+    assert all(g.isfinite().all() for g in (dq, dk, dv))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"scale": 0.0}, ValueError, "positive scale"),
+        ({"scale": -1.0}, ValueError, "positive scale"),
+        ({"dropout": 0.5}, ValueError, "seed"),
+        ({"dropout": 1.0}, ValueError, r"\[0, 1\)"),
+        ({"q": random(1, 4, 3, 16)}, ValueError, "multiple of G"),
+        ({"k": random(1, 4, 2, 8)}, ValueError, "multiple of G"),
+        ({"q": random(1, 4, 2, 16).double()}, TypeError, "float64"),
+        ({"q": random(1, 4, 2, 16).half()}, TypeError, "one dtype"),
+        ({n: random(1, 4, 2, 12) for n in "qkv"}, ValueError, "multiple of 8"),
+        ({n: random(1, 4, 2, 264) for n in "qkv"}, ValueError, "up to 256"),
+        ({"seq_start": torch.zeros(1, 3, dtype=torch.int32)}, ValueError, "seq_start"),
+    ],
+)
+def test_attention_refuses_what_it_cannot_do(change, error, words):
+    arguments = {n: random(1, 4, 2, 16) for n in "qkv"} | change
+    with pytest.raises(error, match=words):
+        attention.attention(**arguments)
+
+
+def flops_of(function, *args, backward: bool = True) -> int:
+    with FlopCounterMode(display=False) as counter:
+        y = function(*args)
+        if backward:
+            y.sum().backward()
+    return counter.get_total_flops()
+
+
+def test_attention_flops_of_the_model():
+    """Two GEMMs forward and four backward over the visible pairs; recomputed scores are not the model's."""
+    q = torch.randn(1, 32, 2, 16, requires_grad=True)
+    pair = 2 * 2 * 16  # a multiply-add per head and element
+    assert flops_of(attention.attention, q, q, q, None, False) == 6 * pair * 32 * 32
+    assert flops_of(attention.attention, q, q, q, None, True) == 6 * pair * 32 * 32 // 2
+    assert flops_of(attention.attention, q, q, q, None, True, None, 8) == 6 * pair * (8 * 8 // 2 + 24 * 8)
+    with torch.no_grad():
+        one = torch.randn(1, 1, 2, 16)
+        decode = flops_of(attention.attention, one, q, q, backward=False)
+    assert decode == 2 * pair * 31.5
+
+
+# ---------------------------------------------------------------------------------------------------------- layer_norm
+
+
+def test_layer_norm_over_many_blocks_of_rows_per_program():
+    """More blocks of rows than programs: each walks several, and its registers add them up."""
+    tile = layer_norm.config(8, backward=True)
+    N = 2 * tile.BLOCK_N * tile.programs_per_processor * triton_launch.processors() + 5
+    x, weight, bias = random(N, 8, seed=1), random(8), random(8, seed=2)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    want = [t.double().requires_grad_() for t in (x, weight, bias)]
+    dy = random(N, 8, seed=3)
+    layer_norm.layer_norm(*leaves).backward(dy)
+    torch.nn.functional.layer_norm(want[0], (8,), *want[1:]).backward(dy.double())
+    for got, exact in zip(leaves, want, strict=True):
+        torch.testing.assert_close(got.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_norm_refuses_other_shapes():
+    with pytest.raises(ValueError, match="weight must have shape"):
+        layer_norm.layer_norm(random(2, 8), random(7))
+    with pytest.raises(ValueError, match="bias must have shape"):
+        layer_norm.layer_norm(random(2, 8), random(8), random(1))
+    with pytest.raises(TypeError, match="float64"):
+        layer_norm.layer_norm(random(2, 8).double(), random(8))
+
+
+# ------------------------------------------------------------------------------------------------------- cross_entropy
+
+
+@pytest.mark.parametrize("target", [5, 7, 8, 2**40, -1, -(2**40)])
+def test_a_target_out_of_range_is_loud_and_reads_nothing(target):
+    logits = random(3, 8).requires_grad_()
+    losses = cross_entropy.cross_entropy(logits, torch.tensor([1, target, 4]), vocab_size=5)
+    assert losses[1].isnan()
+    assert losses[[0, 2]].isfinite().all()
+    (gradient,) = torch.autograd.grad(losses, logits, torch.ones(3))
+    assert gradient[1, :5].isnan().all()
+    assert gradient[[0, 2]].isfinite().all()
+    assert (gradient[[0, 2], 5:] == 0).all()
+
+
+def test_ignored_rows_are_not_read():
+    logits = random(3, 8)
+    logits[1] = math.nan
+    logits.requires_grad_()
+    losses = cross_entropy.cross_entropy(logits, torch.tensor([1, -100, 4]), vocab_size=8)
+    (gradient,) = torch.autograd.grad(losses, logits, torch.ones(3))
+    assert losses[1] == 0
+    assert (gradient[1] == 0).all()
+    assert losses.isfinite().all()
+
+
+def test_cross_entropy_refuses_other_shapes():
+    with pytest.raises(ValueError, match="vocab_size ≤ columns"):
+        cross_entropy.cross_entropy(random(2, 8), torch.tensor([0, 1]), 9)
+    with pytest.raises(ValueError, match="one int64 target a row"):
+        cross_entropy.cross_entropy(random(2, 8), torch.tensor([0]), 8)
+    with pytest.raises(ValueError, match="int32"):
+        cross_entropy.cross_entropy(random(2, 8), torch.tensor([0, 1], dtype=torch.int32), 8)
+
+
+# ------------------------------------------------------------------------------------------------ linear_cross_entropy
+
+N, C, VP = 24, 8, 32
+
+
+def head(**requires: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, weight = random(N, C), random(VP, C, seed=1)
+    targets = torch.arange(N) % 30
+    return x.requires_grad_(requires.get("x", True)), weight.requires_grad_(requires.get("weight", True)), targets
+
+
+@pytest.mark.parametrize(
+    ("requires", "with_grad", "gemms"),
+    [
+        ({}, True, 3),
+        ({"weight": False}, True, 2),
+        ({"x": False}, True, 2),
+        ({"x": False, "weight": False}, True, 1),
+        ({}, False, 1),
+    ],
+)
+def test_only_the_gemms_that_are_asked_for(requires, with_grad, gemms, monkeypatch):
+    x, weight, targets = head(**requires)
+    found = []
+    for name in ("mm", "addmm"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, original=original, **k: found.append(1) or original(*a, **k))
+    loss = linear_cross_entropy.linear_cross_entropy(x, weight, targets, 30, with_grad=with_grad)
+    assert len(found) == gemms
+    assert loss.requires_grad == (gemms > 1)
+    if loss.requires_grad:
+        loss.backward()
+    assert len(found) == gemms, "nothing is recomputed in backward"
+    monkeypatch.undo()
+    with FlopCounterMode(display=False) as counter:
+        counted = linear_cross_entropy.linear_cross_entropy(x, weight, targets, 30, with_grad=with_grad)
+        if counted.requires_grad:
+            counted.backward()
+    assert counter.get_total_flops() == gemms * 2 * N * C * VP
+    assert torch.equal(loss.detach(), counted.detach())
+
+
+def test_no_gradient_gemms_without_grad_mode():
+    x, weight, targets = head()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear_cross_entropy.linear_cross_entropy(x, weight, targets, 30)
+    assert counter.get_total_flops() == 2 * N * C * VP
+
+
+def test_the_upstream_gradient_is_not_rounded_to_the_compute_dtype():
+    """1/3 in bf16 is 0.13 % off; a mean over tokens would carry that into every gradient."""
+    x, weight, targets = head()
+    weight32 = weight.detach().clone().requires_grad_()
+    loss = linear_cross_entropy.linear_cross_entropy(x.detach().bfloat16(), weight32, targets, 30)
+    (one,) = torch.autograd.grad(loss, weight32, retain_graph=True)
+    (third,) = torch.autograd.grad(loss, weight32, torch.tensor(1 / 3))
+    assert weight32.dtype == third.dtype == torch.float32
+    torch.testing.assert_close(third * 3, one, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 24, 1000])
+def test_the_chunk_does_not_change_the_result(chunk):
+    x, weight, targets = head()
+    whole = linear_cross_entropy.linear_cross_entropy(x, weight, targets, 30)
+    parts = linear_cross_entropy.linear_cross_entropy(x, weight, targets, 30, chunk=chunk)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(whole, (x, weight)), torch.autograd.grad(parts, (x, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_hold_their_bytes_and_are_even():
+    rows = linear_cross_entropy.chunk_rows(16384, 50304, 2)
+    assert rows % 128 == 0
+    assert rows * 50304 * 2 <= linear_cross_entropy.CHUNK_BYTES + 128 * 50304 * 2
+    assert -(-16384 // rows) == 4
+    assert linear_cross_entropy.chunk_rows(0, 50304, 2) == 128
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_reasons(name):
+    backend = ops.OPS[name].load("triton")
+    packages = {"triton": "3.6.0"}
+
+    def reason(device, arch, dtype=torch.bfloat16, packages=packages, **rest):
+        machine = Machine(device, arch, interpreted=rest.pop("interpreted", False), packages=packages)
+        return backend.unsupported(Site(name, machine, dtype=dtype, **rest))
+
+    assert reason("cuda", "sm_90") is None
+    assert reason("cuda", "sm_100", shape={"D": 128, "C": 768}) is None
+    assert reason("cpu", "x86_64", interpreted=True) is None
+    assert "GPU" in reason("cpu", "x86_64")
+    assert "8.0" in reason("cuda", "sm_75")
+    assert "pip install triton" in reason("cuda", "sm_90", packages={})
+    assert "float64" in reason("cuda", "sm_90", dtype=torch.float64)
+    if name == "attention":
+        assert "multiple of 8" in reason("cuda", "sm_90", shape={"D": 20})
+        assert "positive" in reason("cuda", "sm_90", options={"scale": -1.0})
+    if name == "layer_norm":
+        assert "65536" in reason("cuda", "sm_90", shape={"C": 65537})
