@@ -1,4 +1,4 @@
-"""What the contract does not ask of every backend: views in place, loud bad targets, nothing in vain, FLOPs, refusals."""
+"""What the contract does not ask of every backend: views in place, bad targets, nothing in vain, FLOPs, refusals."""
 
 import math
 
