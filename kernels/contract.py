@@ -464,7 +464,7 @@ def _strided(value: Any, kind: int) -> Any:
 def _compare(
     op: Op, variant: str, name: str, got: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype, scale: float
 ) -> Compared:
-    """``scale`` stands in for the size of a result that is zero throughout: errors are those of its cancelled terms."""
+    """``scale`` stands in for the size of a result that is nothing beside it: errors are those of what cancelled."""
     if got.shape != exact.shape:
         raise _Broken(f"{variant} {name}: shape {tuple(got.shape)} where the reference has {tuple(exact.shape)}")
     if got.dtype != same.dtype or got.device != same.device:
@@ -476,7 +476,9 @@ def _compare(
     floor_dtype = dtype if (op.name, name) in COARSE else got.dtype
     floor_max, floor_rms = OP_FLOORS.get((op.name, floor_dtype), FLOORS[floor_dtype])
     u = unit_roundoff(floor_dtype)
-    largest = exact.abs().max().item()
+    largest, typical = exact.abs().max().item(), exact.square().mean().sqrt().item()
+    if largest < scale * 2.0**-40:  # zero, up to fp64's own rounding
+        largest = typical = scale
     error, reference_error = (got.double() - exact).abs(), (same.double() - exact).abs()
 
     def rms(t: Tensor) -> float:
@@ -486,9 +488,9 @@ def _compare(
         variant,
         name,
         error.max().item(),
-        FACTOR * reference_error.max().item() + floor_max * u * (largest or scale),
+        FACTOR * reference_error.max().item() + floor_max * u * largest,
         rms(error),
-        FACTOR * rms(reference_error) + floor_rms * u * (rms(exact) or scale),
+        FACTOR * rms(reference_error) + floor_rms * u * typical,
     )
 
 
