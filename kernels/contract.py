@@ -545,7 +545,7 @@ def _copy(value: Any) -> Any:
     return [_copy(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ---------------------------------------------------------------------------------------------------------- small parts
 
 
 def _same_bits(a: Any, b: Any) -> bool:
