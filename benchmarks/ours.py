@@ -77,5 +77,6 @@ def describe(training: Training) -> dict[str, Any]:
     """For records: the settings that ``auto`` resolved to, and the kernel table."""
     engine = training.engine
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[engine.dtype]
-    variant = f"{precision}, {'compiled' if engine.compiled else 'eager'}"
+    mode = "compiled" if engine.compiled else "eager"
+    variant = ", ".join([precision, mode, *(["deterministic"] if training.deterministic else [])])
     return {"variant": variant, "kernels": [dataclasses.asdict(row) for row in engine.table if row.phase == "train"]}

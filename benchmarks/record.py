@@ -20,6 +20,7 @@ from typing import Any
 Schema = Any
 VERSION = 1
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+IN_SOURCE_TREE = (ROOT / "setup.py").exists()  # and not an installed wheel, which may lie inside some other repository
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tritium")
 NUMBER = (int, float)
 
@@ -101,7 +102,9 @@ def write(record: dict[str, Any], schema: Schema, path: pathlib.Path) -> None:
 
 
 def source() -> tuple[str, bool]:
-    """(commit, whether the tree differs from it) of this source tree; ("unknown", True) outside a git checkout."""
+    """(commit, whether the tree differs from it) of this source tree; ("unknown", True) where there is none."""
+    if not IN_SOURCE_TREE:
+        return "unknown", True
     try:
         commit = _git("rev-parse", "HEAD")
         return commit, bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results"))

@@ -29,7 +29,7 @@ from tritium.engine import presets
 from tritium.engine.config import Config
 from tritium.engine.metrics import flops_per_token
 
-RESULTS = record.ROOT / "benchmarks" / "results"
+RESULTS = record.ROOT / "benchmarks" / "results" if record.IN_SOURCE_TREE else pathlib.Path("benchmark-results")
 SHAPES = {
     "cpu": {"gpt2_124m": (256, 2), "tiny": (256, 16)},
     "cuda": {"gpt2_124m": (1024, 32), "tiny": (256, 64)},
@@ -289,7 +289,7 @@ def save(result: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
 
 
 def results_folder(result: dict[str, Any]) -> pathlib.Path:
-    """benchmarks/results/cpu, or .../NAME of the GPU."""
+    """benchmarks/results/cpu, or .../NAME of the GPU; for an installed package, benchmark-results/... here."""
     machine = result["machine"]
     return RESULTS / (
         "cpu" if machine["device"] == "cpu" else re.sub(r"[^a-z0-9]+", "_", machine["name"].lower()).strip("_")
@@ -325,9 +325,7 @@ def parser() -> argparse.ArgumentParser:
         "--precision", choices=("auto", "fp32", "bf16"), help="tritium's precision (default: what the preset says)"
     )
     made.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
-    made.add_argument(
-        "--out", type=pathlib.Path, help="folder of the record (default: benchmarks/results/MACHINE of the source tree)"
-    )
+    made.add_argument("--out", type=pathlib.Path, help="folder of the record (default: benchmarks/results/MACHINE)")
     return made
 
 
