@@ -34,7 +34,7 @@ SHAPES = {
     "cpu": {"gpt2_124m": (256, 2), "tiny": (256, 16)},
     "cuda": {"gpt2_124m": (1024, 32), "tiny": (256, 64)},
 }  # (T, B)
-VOCAB_SIZE = 4096  # for a preset that takes its vocabulary from the data: what the tiny preset's tokenizer has
+VOCAB_SIZE = 1024  # for a preset that takes its vocabulary from the data: what the tiny preset's tokenizer has
 LOSS_STEPS = 3
 LOSS_BOUNDS = {"fp32": 1e-4, "bf16": 2e-3}  # relative, on every step's loss
 NEAR = 0.05  # a variant this close to its peer's best in the screening is timed as well, up to FINALISTS of a peer
@@ -84,11 +84,20 @@ class UnequalLoss(RuntimeError):
 
 
 def shaped(name: str, T: int) -> Config:
-    """The preset as it is benchmarked: its vocabulary set, one micro-batch a step, room for rows of T tokens."""
+    """The preset as it is benchmarked: its vocabulary set, one micro-batch a step, room for rows of T tokens.
+
+    The peers are GPT-2: a preset with other parts is compared at its size with GPT-2's parts, and named so.
+    """
     config = presets.load(name)
     model = dataclasses.replace(
         config.model, vocab_size=config.model.vocab_size or VOCAB_SIZE, block_size=max(T, config.model.block_size)
     )
+    if peers.why_not_gpt2(model) is not None:
+        model = dataclasses.replace(
+            model, position="learned", norm="layer_norm", activation="gelu", n_kv_head=0, mlp_width=0, bias=True,
+            qk_norm=False, tie_head=True, dropout=0.0, logit_softcap=0.0, z_loss=0.0, label_smoothing=0.0,
+        )  # fmt: skip
+        config = dataclasses.replace(config, name=f"{name} with GPT-2's parts")
     return dataclasses.replace(config, model=model)
 
 
