@@ -88,11 +88,12 @@ def test_a_model_made_without_memory_can_be_filled_later():
     assert torch.equal(model(ids, targets), build(LLAMA, seed=3)(ids, targets))
 
 
-def test_compute_parameters_are_the_linear_layers_of_the_blocks():
-    model = build()
+@pytest.mark.parametrize("config", [SMALL, LLAMA], ids=["tied", "untied"])
+def test_compute_parameters_are_the_linear_layers_of_the_blocks(config):
     layers = ("attention.qkv", "attention.proj", "mlp.up", "mlp.down")
-    assert set(model.compute_parameters()) == {
-        f"blocks.{i}.{layer}.{kind}" for i in range(2) for layer in layers for kind in ("weight", "bias")
+    kinds = ("weight", "bias") if config.bias else ("weight",)
+    assert set(build(config).compute_parameters()) == {
+        f"blocks.{i}.{layer}.{kind}" for i in range(2) for layer in layers for kind in kinds
     }
 
 
