@@ -474,8 +474,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# (kernel, family, largest D) → tile, for 16-bit inputs: the largest that compiles without spills, with documents too
-# (kernels/aot.py says)
+# (kernel, family, largest D) → tile, for 16-bit inputs: the largest that compiles without spills (kernels/aot.py says)
 TILES = {
     ("forward", "ampere", 64): Config(128, 64, 8, 3),
     ("forward", "hopper", 64): Config(128, 64, 8, 3),
@@ -493,7 +492,7 @@ TILES = {
     ("backward_keys", "hopper", 128): Config(32, 128, 8, 2),
     ("backward_keys", "blackwell", 128): Config(32, 64, 8, 2),
     ("backward_keys", "ampere", 256): Config(32, 32, 8, 1),
-    ("backward_keys", "hopper", 256): Config(32, 64, 8, 1),
+    ("backward_keys", "hopper", 256): Config(32, 32, 8, 1),
     ("backward_keys", "blackwell", 256): Config(32, 64, 8, 1),
     ("backward_queries", "ampere", 64): Config(64, 64, 4, 2),
     ("backward_queries", "hopper", 64): Config(64, 64, 4, 3),
@@ -502,19 +501,36 @@ TILES = {
     ("backward_queries", "hopper", 128): Config(64, 64, 8, 2),
     ("backward_queries", "blackwell", 128): Config(64, 64, 8, 2),
     ("backward_queries", "ampere", 256): Config(32, 32, 8, 1),
-    ("backward_queries", "hopper", 256): Config(64, 32, 8, 1),
+    ("backward_queries", "hopper", 256): Config(32, 32, 8, 1),
     ("backward_queries", "blackwell", 256): Config(64, 32, 8, 1),
 }  # fmt: skip
 
 
-def config(kernel: str, arch: int, D: int, dtype: torch.dtype) -> Config:
-    """The tile of ``kernel`` ("forward", "backward_keys" or "backward_queries"). fp32 multiplies without tensor
-    cores, in small tiles."""
+# where documents, a window or a softcap ("masks"), or dropout, need registers that the tile above does not leave
+SMALLER = {
+    ("forward", "ampere", 128, "masks"): Config(128, 32, 8, 3),
+    ("backward_keys", "ampere", 128, "masks"): Config(32, 64, 8, 2),
+    ("backward_queries", "ampere", 64, "masks"): Config(64, 32, 4, 2),
+    ("forward", "hopper", 128, "dropout"): Config(128, 32, 8, 3),
+    ("backward_keys", "ampere", 128, "dropout"): Config(32, 64, 8, 2),
+    ("backward_queries", "ampere", 64, "dropout"): Config(64, 32, 4, 2),
+}
+
+
+def config(kernel: str, arch: int, D: int, dtype: torch.dtype, masks: bool = False, dropout: bool = False) -> Config:
+    """The tile of ``kernel`` ("forward", "backward_keys" or "backward_queries"); masks: with documents, window or softcap.
+
+    fp32 multiplies without tensor cores, in small tiles.
+    """
     if dtype == torch.float32:
         return Config(32, 32, 4 if D <= 64 else 8, 1)
     # what the tensor cores are: mma, warp-group mma, tcgen05; sm_120 has mma again
     family = "hopper" if arch // 10 == 9 else "blackwell" if arch // 10 in (10, 11) else "ampere"
-    return TILES[kernel, family, 64 if D <= 64 else 128 if D <= 128 else 256]
+    place = (kernel, family, 64 if D <= 64 else 128 if D <= 128 else 256)
+    for feature, present in (("dropout", dropout), ("masks", masks)):
+        if present and (*place, feature) in SMALLER:
+            return SMALLER[*place, feature]
+    return TILES[place]
 
 
 def _common(
@@ -555,7 +571,8 @@ def _launch_forward(
     if y.numel() == 0:
         return y, lse
     numbers, constants = _common(q, k, causal, scale, window, softcap, dropout)
-    tile = config("forward", launch.arch(), D, q.dtype)
+    masks = seq_start is not None or window > 0 or softcap > 0
+    tile = config("forward", launch.arch(), D, q.dtype, masks, dropout > 0)
     with launch.on_device(q):
         _forward[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
             q,
@@ -589,7 +606,9 @@ def _launch_backward(
     numbers["scale"] = scale
     strides = (*_strides(q, k, v, dy), *_start_strides(seq_start))
     delta = torch.empty_like(lse)
-    keys, queries = (config(kernel, launch.arch(), D, q.dtype) for kernel in ("backward_keys", "backward_queries"))
+    masks = seq_start is not None or window > 0 or softcap > 0
+    keys = config("backward_keys", launch.arch(), D, q.dtype, masks, dropout > 0)
+    queries = config("backward_queries", launch.arch(), D, q.dtype, masks, dropout > 0)
     with launch.on_device(q):
         _delta[(B * H * triton.cdiv(Tq, 64),)](
             y, dy, delta, *_strides(dy), Tq, H, D=D, BLOCK_D=constants["BLOCK_D"], BLOCK_M=64, num_warps=4

@@ -9,6 +9,8 @@ import pathlib
 import sys
 
 import pytest
+import triton.language as tl
+from triton.runtime import interpreter
 
 from tritium.kernels.site import interpreting
 
@@ -27,3 +29,26 @@ def _load(name: str):
 
 
 _load("interpreter_bf16").install()
+
+
+def patch_the_language_once_per_launch() -> None:
+    """The interpreter replaces Triton's builtins at a launch, and again at every call of a device function inside it,
+    which is most of its time for kernels made of many functions. Once per launch and module does the same."""
+    launch, patched = interpreter.GridExecutor.__call__, set()
+
+    def launch_afresh(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def call_device_function(self, *args, **kwargs):
+        modules = frozenset(m.__name__ for m in self.fn.__globals__.values() if m is tl or m is tl.core)
+        if modules not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(modules)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch_afresh
+    interpreter.InterpretedFunction.__call__ = call_device_function
+
+
+patch_the_language_once_per_launch()
