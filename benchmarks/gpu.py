@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"there is no stage {', '.join(unknown)}; stages: {', '.join(STAGES)}")
     this = (sys.executable, "-P", str(pathlib.Path(__file__).resolve()), "--out", str(a.out)) + ("--cpu",) * a.cpu
-    chosen = [stages.Stage(name, STAGES[name][2], (*this, "--one", name)) for name in names]
+    patience = 3 if a.cpu else 1  # a rehearsal may share a few cores with others
+    chosen = [stages.Stage(name, patience * STAGES[name][2], (*this, "--one", name)) for name in names]
     outcomes = stages.run(chosen, a.out, a.minutes, say=lambda text: print(text, flush=True))
     print(f"written: {stages.archive(a.out, 'rehearsal' if a.cpu else 'gpu')}", flush=True)
     return int(any(outcome.status in ("failed", "time limit") for outcome in outcomes))
