@@ -1,6 +1,6 @@
-"""tiny: learns to write English-looking text in about three minutes on two CPU cores. The smallest preset.
+"""tiny: learns to write English-looking text in a few minutes on two CPU cores. The smallest preset.
 
-Rotary positions, RMSNorm and ReLU² instead of GPT-2's parts, small batches and a high learning rate: what learns fastest
+Rotary positions, RMSNorm and ReLU² instead of GPT-2's parts, small batches and a high learning rate: learns fastest
 per second here (docs/log.md, 2026-11-23).
 """
 
