@@ -309,9 +309,9 @@ class Config:
         ):  # fmt: skip
             if getattr(section, name) < low:
                 found.append(f"{_section(section)}.{name} must be at least {low}, not {getattr(section, name)}")
-        for section, name in ((o, "beta1"), (o, "beta2"), (d, "val_fraction")):
-            if not 0.0 <= getattr(section, name) < 1.0:
-                found.append(f"{_section(section)}.{name} must be in [0, 1), not {getattr(section, name)}")
+        for part, name in ((o, "beta1"), (o, "beta2"), (d, "val_fraction")):
+            if not 0.0 <= getattr(part, name) < 1.0:
+                found.append(f"{_section(part)}.{name} must be in [0, 1), not {getattr(part, name)}")
         for section, name in ((o, "min_lr_fraction"), (o, "decay_fraction")):
             if not 0.0 <= getattr(section, name) <= 1.0:
                 found.append(f"{_section(section)}.{name} must be in [0, 1], not {getattr(section, name)}")

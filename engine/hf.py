@@ -213,12 +213,12 @@ def _to_json(config: GPTConfig, eos_token_id: int | None) -> dict[str, Any]:
 def _places(model: GPT) -> dict[str, Tensor]:
     """Name in the file, without "transformer." → view of our parameter that has the shape of what the file holds."""
     V = model.config.vocab_size
-    places = {"wte.weight": model.wte.weight[:V]}
+    places: dict[str, Any] = {"wte.weight": model.wte.weight[:V]}
     if model.wpe is not None:
         places["wpe.weight"] = model.wpe.weight
     for i, block in enumerate(model.blocks):
-        for ours, theirs in ((block.norm1, "ln_1"), (block.norm2, "ln_2")):
-            places |= {f"h.{i}.{theirs}.weight": ours.weight, f"h.{i}.{theirs}.bias": ours.bias}
+        for norm, theirs in ((block.norm1, "ln_1"), (block.norm2, "ln_2")):
+            places |= {f"h.{i}.{theirs}.weight": norm.weight, f"h.{i}.{theirs}.bias": norm.bias}
         for ours, theirs in (
             (block.attention.qkv, "attn.c_attn"),
             (block.attention.proj, "attn.c_proj"),

@@ -36,7 +36,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, N: int, C: int, F: int
     draw = torch.Generator(device).manual_seed(0)  # its own: measuring must not move the random state of a resumed run
     x, w = (torch.randn(n, C, device=device, dtype=dtype, generator=draw) for n in (N, F))
     sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    times, end = [], time.perf_counter() + 1.5 * seconds
+    times: list[float] = []
+    end = time.perf_counter() + 1.5 * seconds
     while time.perf_counter() < end or len(times) < 5:
         sync()
         start = time.perf_counter()

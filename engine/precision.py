@@ -7,6 +7,8 @@ row-wise or cast inside their op.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -25,7 +27,7 @@ def resolve(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def to_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def to_compute_dtype(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Put the model's GEMM operands into ``dtype``; returns name → fp32 master for each parameter that was changed."""
     model.compute_dtype = dtype
     masters: dict[str, torch.Tensor] = {}

@@ -21,8 +21,8 @@ class MicroBatch:
     seq_start: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
-        return MicroBatch(move(self.ids), move(self.targets), move(self.seq_start))
+        start = None if self.seq_start is None else self.seq_start.to(device, non_blocking=True)
+        return MicroBatch(self.ids.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), start)
 
 
 Loss = Callable[[MicroBatch], Tensor]  # the sum of the losses over the micro-batch's targets, () fp32

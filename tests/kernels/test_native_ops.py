@@ -66,6 +66,29 @@ def test_layer_norm_of_a_constant_row_is_its_bias():
     assert torch.equal(layer_norm(torch.full((2, 33), 7.0), random(33, seed=1), bias), bias.expand(2, 33))
 
 
+LAYOUTS = {
+    "every second row": lambda t: torch.stack([t, -t], 1).flatten(0, 1)[::2],
+    "a slice of columns": lambda t: torch.cat([-t, t, -t], 1)[:, t.shape[1] : 2 * t.shape[1]],
+    "transposed": lambda t: t.t().contiguous().t(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("which", ["x", "upstream"])
+def test_the_layout_of_an_argument_changes_no_bit(which, layout):
+    x, weight, upstream, targets = random(6, 10), random(10), random(6, 10, seed=1), torch.arange(6)
+
+    def results(x: Tensor, upstream: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        y, losses = layer_norm(x, weight), cross_entropy(x, targets, 9)
+        return [y, losses, *torch.autograd.grad((y, losses), x, (upstream, upstream[:, 3]))]
+
+    changed = {"x": x, "upstream": upstream} | {which: layout({"x": x, "upstream": upstream}[which])}
+    assert not changed[which].is_contiguous() and torch.equal(changed[which], {"x": x, "upstream": upstream}[which])
+    for a, b in zip(results(x, upstream), results(**changed), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
