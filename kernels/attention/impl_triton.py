@@ -518,7 +518,7 @@ SMALLER = {
 
 
 def config(kernel: str, arch: int, D: int, dtype: torch.dtype, masks: bool = False, dropout: bool = False) -> Config:
-    # ("masks" are documents, a window or a softcap)
+    """The tile of ``kernel``, "forward", "backward_keys" or "backward_queries"; masks: documents, window or softcap.
 
     fp32 multiplies without tensor cores, in small tiles.
     """
