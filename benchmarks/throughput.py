@@ -290,7 +290,8 @@ def verdict(result: dict[str, Any]) -> str:
 def save(result: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
     """Write the record, and beside it the tables of all throughput records of the folder (throughput.md)."""
     settings = result["settings"]
-    path = folder / f"throughput_{settings['preset']}_T{settings['T']}_B{settings['B']}.json"
+    name = re.sub(r"\W+", "_", settings["preset"])
+    path = folder / f"throughput_{name}_T{settings['T']}_B{settings['B']}.json"
     record.write(result, SCHEMA, path)
     tables = [table(json.loads(p.read_text())) for p in sorted(folder.glob("throughput_*.json"))]
     (folder / "throughput.md").write_text("\n\n".join(tables) + "\n")

@@ -913,7 +913,8 @@ def _on_meta(config: Config, dtype: Any) -> list[Any]:
     from tritium.engine.precision import to_compute_dtype
 
     with torch.device("meta"):
-        model = GPT(dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 50257))
+        vocabulary = config.model.vocab_size or 50257
+        model = GPT(dataclasses.replace(config.model, vocab_size=vocabulary), documents=config.data.documents)
         return [model, AdamW(model, config.optim, to_compute_dtype(model, dtype))]
 
 

@@ -146,9 +146,12 @@ def test_a_wrong_command_line_says_what_there_is(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_model_that_peers_do_not_have_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        presets, "load", lambda name: dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, norm="rms_norm"))
-    )
-    assert run(tmp_path) == 1
-    assert "norm=rms_norm" in capsys.readouterr().err
+def test_a_model_that_peers_do_not_have_is_compared_with_gpt2s_parts_and_named_so(monkeypatch):
+    other = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, norm="rms_norm", position="rope"))
+    monkeypatch.setattr(presets, "load", lambda name: other)
+    config = throughput.shaped("few", 16)
+    assert config.name == "few with GPT-2's parts"
+    assert (config.model.norm, config.model.position) == ("layer_norm", "learned")
+    assert (config.model.n_layer, config.model.n_embd) == (MODEL.n_layer, MODEL.n_embd)
+    with pytest.raises(ValueError, match="norm=rms_norm"):
+        throughput.bench_train(other, 16, 2)

@@ -193,7 +193,7 @@ def test_bad_values_name_rule_and_value(tritium, argv, said):
 
 
 def test_all_problems_of_a_configuration_at_once(tritium, trained):
-    status, _, err = tritium("train", "tiny", "--model.n_head", "3", "--train.batch_rows=17", "--optim.beta1", "2")
+    status, _, err = tritium("train", "tiny", "--model.n_head", "5", "--train.batch_rows=17", "--optim.beta1", "2")
     assert status == 1
     assert len(re.findall("^  - ", err, re.M)) == 3
     assert trained == []
@@ -286,7 +286,7 @@ def test_closing_report_says_how_to_go_on(tritium, trained):
     assert "said" in out
     assert "the model beats the bigram model by 25.0%" in out
     for needed in (
-        "train runs/tiny --train.steps 800",
+        "train runs/tiny --train.steps 1000",
         'sample runs/tiny --prompt "The"',
         "torchrun --nproc-per-node=8 -m tritium.engine.cli train gpt2_124m",
     ):
