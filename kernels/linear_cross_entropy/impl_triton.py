@@ -7,9 +7,10 @@ Mathematics:
 Shapes: N rows, C width, Vp rows of the weight, V = vocab_size real ones, n rows of one chunk.
 
 Forward, for each chunk of n rows: logits into a buffer; the kernel writes the losses and, over the logits, E; both
-    gradient GEMMs read the buffer, and the next chunk reuses it. dW is accumulated in fp32 and returned in the weight's
-    dtype. Without gradients (evaluation) only the first GEMM and the losses remain. W is cast to x's dtype once a call.
-Backward scales dx and dW by g; nothing is recomputed. Saved: dx and dW, in place of N·Vp logits.
+    gradient GEMMs read the buffer, and the next chunk reuses it. dx and dW are fp32; dW sums over the chunks. Without
+    gradients (evaluation) only the first GEMM and the losses remain. W is cast to x's dtype once a call.
+Backward scales dx and dW by g and rounds them, once, to the dtypes of x and W; nothing is recomputed.
+Saved: dx and dW, in place of N·Vp logits.
 
 FLOPs: 6·N·C·Vp with gradients, 2·N·C·Vp without. The logits cross memory 6 times (written, read twice by the kernel and
 written, read by two GEMMs) and dW twice per chunk, which is why chunks are large. The bound is the GEMMs.
@@ -60,8 +61,8 @@ def _launch_forward(
     options = (vocab_size, ignore_index, label_smoothing, z_loss, softcap)
     w = weight.to(x.dtype)
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
-    dx = torch.empty((N, C) if need_dx else 0, dtype=x.dtype, device=x.device)
-    dw = torch.zeros((Vp, C) if need_dweight else 0, dtype=torch.float32, device=x.device)
+    dx = torch.empty((N, C) if need_dx else 0, dtype=torch.float32, device=x.device)
+    dw = torch.empty((Vp, C) if need_dweight else 0, dtype=torch.float32, device=x.device)
     n = min(chunk or chunk_rows(N, Vp, x.element_size()), max(N, 1))
     buffer = torch.empty(n, Vp, dtype=x.dtype, device=x.device)
     for first in range(0, N, n):
@@ -72,30 +73,32 @@ def _launch_forward(
             continue
         cross_entropy.losses_and_gradient_in_place(logits, targets[rows], losses[rows], *options)
         if need_dx:
-            torch.mm(logits, w, out=dx[rows])
+            _product(logits, w, dx[rows])
         if need_dweight:
-            _add_product(dw, logits.t(), x[rows])
-    return losses.sum(), dx, dw.to(weight.dtype)
+            _product(logits.t(), x[rows], dw, add=first > 0)
+    return losses.sum(), dx, dw if N > 0 else dw.zero_()
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (fp32) += a b, the product of narrower matrices never rounded to their dtype."""
-    if a.dtype == torch.float32:
-        torch.addmm(total, a, b, out=total)
-    elif a.device.type == "cpu":  # torch has no mixed-precision GEMM there; only the interpreter comes this way
-        torch.addmm(total, a.float(), b.float(), out=total)
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out (fp32) = a b, or += with ``add``: a product of narrower matrices that is never rounded to their dtype."""
+    if a.device.type == "cpu":  # torch has no mixed-precision GEMM there; only the interpreter comes this way
+        a, b = a.float(), b.float()
+    mixed = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    if add:
+        torch.addmm(out, a, b, out=out, **mixed)
     else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        torch.mm(a, b, out=out, **mixed)
 
 
-def _launch_backward(dloss: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
-    return _scaled(dx, dloss), _scaled(dweight, dloss)
+def _launch_backward(
+    dloss: Tensor, dx: Tensor, dweight: Tensor, x_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _scaled(dx, dloss, x_dtype), _scaled(dweight, dloss, weight_dtype)
 
 
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """x times a scalar on the device, which stays fp32 (torch would round it to x's dtype first: 0.2 % of every
-    gradient in bf16)."""
-    y = torch.empty_like(x)
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x times a scalar on the device, in fp32 and rounded once. (torch would round the scalar to x's dtype first.)"""
+    y = torch.empty_like(x, dtype=dtype)
     if x.numel() > 0:
         with launch.on_device(x):
             _scale[(triton.cdiv(x.numel(), SCALE_BLOCK),)](x, factor, y, x.numel(), BLOCK=SCALE_BLOCK, num_warps=4)
@@ -121,11 +124,14 @@ def _fake_forward(
     softcap: float, chunk: int, need_dx: bool, need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     loss = x.new_empty((), dtype=torch.float32)
-    return loss, x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
+    dx = x.new_empty(x.shape if need_dx else 0, dtype=torch.float32)
+    return loss, dx, weight.new_empty(weight.shape if need_dweight else 0, dtype=torch.float32)
 
 
-def _fake_backward(dloss: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dx), torch.empty_like(dweight)
+def _fake_backward(
+    dloss: Tensor, dx: Tensor, dweight: Tensor, x_dtype: torch.dtype, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dx, dtype=x_dtype), torch.empty_like(dweight, dtype=weight_dtype)
 
 
 def _flops(
@@ -142,7 +148,7 @@ _linear_cross_entropy = differentiable(
     backward=_launch_backward,
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,
-    save=lambda args, results: (results[1], results[2]),
+    save=lambda args, results: (results[1], results[2], args[0].dtype, args[1].dtype),
     gradients=(0, 1),
     flops=_flops,
     flops_backward=lambda *args, **kwargs: 0,

@@ -81,12 +81,11 @@ MUTANTS = [
            "smoothing"),
     Mutant("cross_entropy", "gradient times 1.02", "scale = dloss *", "scale = 1.02 * dloss *", "odd"),
     Mutant("cross_entropy", "softcap not differentiated", "dz *= 1 -", "dz *= 1 - 0 *", "softcap"),
-    Mutant("linear_cross_entropy", "gradient of weight not accumulated", "torch.addmm(total, a, b, out=total)",
-           "torch.mm(a, b, out=total)", "chunks"),
+    Mutant("linear_cross_entropy", "gradient of weight not accumulated", "if add:", "if False:", "chunks"),
     Mutant("linear_cross_entropy", "last chunk dropped", "in range(0, N, n):", "in range(0, N // n * n, n):", "chunks"),
     Mutant("linear_cross_entropy", "upstream gradient forgotten", "x * tl.load(FACTOR).to(tl.float32)", "x", "tiny"),
-    Mutant("linear_cross_entropy", "upstream gradient rounded", "_scaled(dx, dloss), _scaled(dweight, dloss)",
-           "dx * 1.01 * dloss, dweight * dloss", "tiny"),
+    Mutant("linear_cross_entropy", "upstream gradient in bf16", "factor, y, x.numel()",
+           "factor.bfloat16(), y, x.numel()", "tiny"),
 ]  # fmt: skip
 # smaller than the op's own cases, for speed
 EXTRA = {
