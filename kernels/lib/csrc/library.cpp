@@ -19,14 +19,6 @@ TRITIUM_VISIBLE const char* tritium_isas() {
   return "base";
 }
 
-TRITIUM_VISIBLE int tritium_has_openmp() {
-#ifdef _OPENMP
-  return 1;
-#else
-  return 0;
-#endif
-}
-
 TRITIUM_VISIBLE int tritium_has_cuda() {
 #ifdef TRITIUM_HAS_CUDA
   return 1;
