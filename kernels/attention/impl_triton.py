@@ -28,6 +28,7 @@ D = 64 takes as long as its products.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -506,19 +507,24 @@ TILES = {
 }  # fmt: skip
 
 
-# where documents, a window or a softcap ("masks"), or dropout, need registers that the tile above does not leave
+# where a feature needs registers that the tile above does not leave: "mask" is documents or a window
 SMALLER = {
-    ("forward", "ampere", 128, "masks"): Config(128, 32, 8, 3),
-    ("backward_keys", "ampere", 128, "masks"): Config(32, 64, 8, 2),
-    ("backward_queries", "ampere", 64, "masks"): Config(64, 32, 4, 2),
+    ("forward", "ampere", 128, "mask"): Config(128, 32, 8, 3),
+    ("forward", "ampere", 128, "softcap"): Config(128, 32, 8, 3),
     ("forward", "hopper", 128, "dropout"): Config(128, 32, 8, 3),
+    ("backward_keys", "ampere", 128, "mask"): Config(32, 64, 8, 2),
+    ("backward_keys", "ampere", 128, "softcap"): Config(32, 64, 8, 2),
     ("backward_keys", "ampere", 128, "dropout"): Config(32, 64, 8, 2),
+    ("backward_keys", "blackwell", 64, "mask"): Config(32, 64, 8, 2),
+    ("backward_queries", "ampere", 64, "mask"): Config(64, 32, 4, 2),
+    ("backward_queries", "ampere", 64, "softcap"): Config(64, 32, 4, 2),
     ("backward_queries", "ampere", 64, "dropout"): Config(64, 32, 4, 2),
+    ("backward_queries", "blackwell", 128, "softcap"): Config(64, 32, 8, 2),
 }
 
 
-def config(kernel: str, arch: int, D: int, dtype: torch.dtype, masks: bool = False, dropout: bool = False) -> Config:
-    """The tile of ``kernel``, "forward", "backward_keys" or "backward_queries"; masks: documents, window or softcap.
+def config(kernel: str, arch: int, D: int, dtype: torch.dtype, features: Sequence[str] = ()) -> Config:
+    """The tile of ``kernel``: "forward", "backward_keys" or "backward_queries"; features: "mask", "softcap", "dropout".
 
     fp32 multiplies without tensor cores, in small tiles.
     """
@@ -527,8 +533,8 @@ def config(kernel: str, arch: int, D: int, dtype: torch.dtype, masks: bool = Fal
     # what the tensor cores are: mma, warp-group mma, tcgen05; sm_120 has mma again
     family = "hopper" if arch // 10 == 9 else "blackwell" if arch // 10 in (10, 11) else "ampere"
     place = (kernel, family, 64 if D <= 64 else 128 if D <= 128 else 256)
-    for feature, present in (("dropout", dropout), ("masks", masks)):
-        if present and (*place, feature) in SMALLER:
+    for feature in features:
+        if (*place, feature) in SMALLER:
             return SMALLER[*place, feature]
     return TILES[place]
 
@@ -548,6 +554,11 @@ def _common(
         R=q.shape[2] // k.shape[2], D=D, BLOCK_D=max(launch.power_of_two(D), 16),
     )  # fmt: skip
     return numbers, constants
+
+
+def _features(seq_start: Tensor | None, window: int, softcap: float, dropout: float) -> list[str]:
+    present = {"mask": seq_start is not None or window > 0, "softcap": softcap > 0, "dropout": dropout > 0}
+    return [name for name, there in present.items() if there]
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -571,8 +582,7 @@ def _launch_forward(
     if y.numel() == 0:
         return y, lse
     numbers, constants = _common(q, k, causal, scale, window, softcap, dropout)
-    masks = seq_start is not None or window > 0 or softcap > 0
-    tile = config("forward", launch.arch(), D, q.dtype, masks, dropout > 0)
+    tile = config("forward", launch.arch(), D, q.dtype, _features(seq_start, window, softcap, dropout))
     with launch.on_device(q):
         _forward[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
             q,
@@ -606,9 +616,9 @@ def _launch_backward(
     numbers["scale"] = scale
     strides = (*_strides(q, k, v, dy), *_start_strides(seq_start))
     delta = torch.empty_like(lse)
-    masks = seq_start is not None or window > 0 or softcap > 0
-    keys = config("backward_keys", launch.arch(), D, q.dtype, masks, dropout > 0)
-    queries = config("backward_queries", launch.arch(), D, q.dtype, masks, dropout > 0)
+    features = _features(seq_start, window, softcap, dropout)
+    keys = config("backward_keys", launch.arch(), D, q.dtype, features)
+    queries = config("backward_queries", launch.arch(), D, q.dtype, features)
     with launch.on_device(q):
         _delta[(B * H * triton.cdiv(Tq, 64),)](
             y, dy, delta, *_strides(dy), Tq, H, D=D, BLOCK_D=constants["BLOCK_D"], BLOCK_M=64, num_warps=4
