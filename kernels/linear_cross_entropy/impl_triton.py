@@ -18,6 +18,8 @@ written, read by two GEMMs) and dW twice per chunk, which is why chunks are larg
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -83,7 +85,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out (fp32) = a b, or += with ``add``: a product of narrower matrices that is never rounded to their dtype."""
     if a.device.type == "cpu":  # torch has no mixed-precision GEMM there; only the interpreter comes this way
         a, b = a.float(), b.float()
-    mixed = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    mixed: dict[str, Any] = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
     if add:
         torch.addmm(out, a, b, out=out, **mixed)
     else:
