@@ -97,9 +97,11 @@ def test_warm_up_ends_when_stable_and_says_when_it_was_not():
 def test_the_wall_clock_synchronises_before_both_readings():
     events = []
     clock = timing.WallClock(synchronize=lambda: events.append("sync"))
+    start = time.perf_counter()
     (ms,) = clock.times_ms([lambda: (events.append("call"), time.sleep(0.02))])
+    around_ms = 1e3 * (time.perf_counter() - start)
     assert events == ["sync", "call", "sync"]
-    assert 20.0 <= ms < 200.0
+    assert 20.0 <= ms <= around_ms  # no fixed upper bound: a busy machine may oversleep by any amount
 
 
 def test_inputs_rotate():
