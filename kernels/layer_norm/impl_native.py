@@ -14,13 +14,17 @@ from tritium.kernels.site import Site
 
 DETERMINISTIC = True  # at any number of threads
 
-_forward = native.Function("layer_norm_forward", "ii pl pp ppp ll f i")
-_backward = native.Function("layer_norm_backward", "ii plpl p pp p pp pl ll i")
+_forward = native.Function("layer_norm_forward", "i pl pp ppp ll f i")
+_backward = native.Function("layer_norm_backward", "i plpl p pp p pp pl ll i")
 
 
 def _blocks(N: int) -> int:
     """Runs of rows with partial weight gradients of their own: at least 16 rows each, at most 128."""
     return max(1, min(N // 16, 128))
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.float32).contiguous()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -40,14 +44,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight, bias)
-    if bias is not None and bias.dtype != weight.dtype:
-        weight, bias = weight.float(), bias.float()
-    rows, weight = native.rows(x), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    y, mean, rstd = _fake_forward(x, weight, bias, eps)
+    rows, y = native.rows(x), x.new_empty(x.shape)
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    wide, wide_bias = _wide(weight), None if bias is None else _wide(bias)
     _forward(
-        *(native.DTYPES[x.dtype], native.DTYPES[weight.dtype]),
-        *(rows.data_ptr(), rows.stride(0), weight.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(native.DTYPES[x.dtype], rows.data_ptr(), rows.stride(0)),
+        *(wide.data_ptr(), None if wide_bias is None else wide_bias.data_ptr()),
         *(y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *rows.shape, eps, torch.get_num_threads()),
     )
     return y, mean, rstd
@@ -56,18 +59,19 @@ def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) 
 def _launch_backward(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    drows, rows, weight = native.rows(dy), native.rows(x), weight.contiguous()
-    dx, dweight, dbias = _fake_backward(dy, x, weight, mean, rstd, has_bias)
+    drows, rows, wide = native.rows(dy), native.rows(x), _wide(weight)
+    dx = x.new_empty(x.shape)
+    dweight = torch.empty_like(wide)
+    dbias = torch.empty_like(wide) if has_bias else wide.new_empty(0)
     blocks = _blocks(rows.shape[0])
     partial = torch.empty(blocks, 2, rows.shape[1], dtype=torch.float32)
     _backward(
-        *(native.DTYPES[x.dtype], native.DTYPES[weight.dtype]),
-        *(drows.data_ptr(), drows.stride(0), rows.data_ptr(), rows.stride(0)),
-        *(weight.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
+        *(native.DTYPES[x.dtype], drows.data_ptr(), drows.stride(0), rows.data_ptr(), rows.stride(0)),
+        *(wide.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
         *(dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr() if has_bias else None),
         *(partial.data_ptr(), blocks, *rows.shape, torch.get_num_threads()),
     )
-    return dx, dweight, dbias
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

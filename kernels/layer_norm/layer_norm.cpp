@@ -22,9 +22,9 @@ TRITIUM_INLINE float sum(int64_t n, F f) {
   return (a + b) + (c + d);
 }
 
-template <typename X, typename W>
-void forward(const X* x, int64_t row_stride, const W* weight, const W* bias, X* y, float* mean, float* rstd, int64_t N,
-             int64_t C, float eps, int threads) {
+template <typename X>
+void forward(const X* x, int64_t row_stride, const float* weight, const float* bias, X* y, float* mean, float* rstd,
+             int64_t N, int64_t C, float eps, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (N * C > 16384)
   for (int64_t i = 0; i < N; ++i) {
     const X* row = x + i * row_stride;
@@ -37,20 +37,20 @@ void forward(const X* x, int64_t row_stride, const W* weight, const W* bias, X* 
     rstd[i] = r;
     if (bias) {
 #pragma omp simd
-      for (int64_t j = 0; j < C; ++j) store(out + j, (load(row + j) - m) * r * load(weight + j) + load(bias + j));
+      for (int64_t j = 0; j < C; ++j) store(out + j, (load(row + j) - m) * r * weight[j] + bias[j]);
     } else {
 #pragma omp simd
-      for (int64_t j = 0; j < C; ++j) store(out + j, (load(row + j) - m) * r * load(weight + j));
+      for (int64_t j = 0; j < C; ++j) store(out + j, (load(row + j) - m) * r * weight[j]);
     }
   }
 }
 
 // partial: (blocks, 2, C) fp32. Rows are cut into `blocks` runs whatever the number of threads, and the runs' sums are
 // added in order: the weight gradients depend neither on the scheduling nor on the thread count.
-template <typename X, typename W>
-void backward(const X* dy, int64_t dy_stride, const X* x, int64_t x_stride, const W* weight, const float* mean,
-              const float* rstd, X* dx, W* dweight, W* dbias, float* partial, int64_t blocks, int64_t N, int64_t C,
-              int threads) {
+template <typename X>
+void backward(const X* dy, int64_t dy_stride, const X* x, int64_t x_stride, const float* weight, const float* mean,
+              const float* rstd, X* dx, float* dweight, float* dbias, float* partial, int64_t blocks, int64_t N,
+              int64_t C, int threads) {
 #pragma omp parallel num_threads(threads) if (N * C > 16384)
   {
 #pragma omp for schedule(static)
@@ -69,7 +69,7 @@ void backward(const X* dy, int64_t dy_stride, const X* x, int64_t x_stride, cons
           const float d = load(g + j), h = (load(row + j) - m) * r;
           dw[j] += d * h;
           db[j] += d;
-          const float wd = d * load(weight + j);
+          const float wd = d * weight[j];
           along += wd * h;
           level += wd;
         }
@@ -78,7 +78,7 @@ void backward(const X* dy, int64_t dy_stride, const X* x, int64_t x_stride, cons
 #pragma omp simd
         for (int64_t j = 0; j < C; ++j) {
           const float h = (load(row + j) - m) * r;
-          store(out + j, (load(g + j) * load(weight + j) - level - h * along) * r);
+          store(out + j, (load(g + j) * weight[j] - level - h * along) * r);
         }
       }
     }
@@ -96,9 +96,9 @@ void backward(const X* dy, int64_t dy_stride, const X* x, int64_t x_stride, cons
           db[j] += from[C + j];
         }
       }
-      for (int64_t j = 0; j < n; ++j) store(dweight + start + j, dw[j]);
+      for (int64_t j = 0; j < n; ++j) dweight[start + j] = dw[j];
       if (dbias)
-        for (int64_t j = 0; j < n; ++j) store(dbias + start + j, db[j]);
+        for (int64_t j = 0; j < n; ++j) dbias[start + j] = db[j];
     }
   }
 }
@@ -107,31 +107,25 @@ void backward(const X* dy, int64_t dy_stride, const X* x, int64_t x_stride, cons
 
 // x (N, C) with unit stride inside a row; weight, bias (C,), bias may be null; y (N, C) and mean, rstd (N,) are
 // written.
-TRITIUM_EXPORT(void, layer_norm_forward)(int x_dtype, int w_dtype, const void* x, int64_t row_stride,
-                                         const void* weight, const void* bias, void* y, float* mean, float* rstd,
-                                         int64_t N, int64_t C, float eps, int threads) {
-#define RUN(X, W) \
-  forward((const X*)x, row_stride, (const W*)weight, (const W*)bias, (X*)y, mean, rstd, N, C, eps, threads)
-  if (x_dtype == TRITIUM_F32) {
-    w_dtype == TRITIUM_F32 ? RUN(float, float) : RUN(float, bf16);
+TRITIUM_EXPORT(void, layer_norm_forward)(int dtype, const void* x, int64_t row_stride, const float* weight,
+                                         const float* bias, void* y, float* mean, float* rstd, int64_t N, int64_t C,
+                                         float eps, int threads) {
+  if (dtype == TRITIUM_F32) {
+    forward((const float*)x, row_stride, weight, bias, (float*)y, mean, rstd, N, C, eps, threads);
   } else {
-    w_dtype == TRITIUM_F32 ? RUN(bf16, float) : RUN(bf16, bf16);
+    forward((const bf16*)x, row_stride, weight, bias, (bf16*)y, mean, rstd, N, C, eps, threads);
   }
-#undef RUN
 }
 
-// dweight, dbias (C,) in the weight's dtype, dbias may be null; partial: (blocks, 2, C) fp32 scratch, 1 ≤ blocks ≤ N.
-TRITIUM_EXPORT(void, layer_norm_backward)(int x_dtype, int w_dtype, const void* dy, int64_t dy_stride, const void* x,
-                                          int64_t x_stride, const void* weight, const float* mean, const float* rstd,
-                                          void* dx, void* dweight, void* dbias, float* partial, int64_t blocks,
-                                          int64_t N, int64_t C, int threads) {
-#define RUN(X, W)                                                                                             \
-  backward((const X*)dy, dy_stride, (const X*)x, x_stride, (const W*)weight, mean, rstd, (X*)dx, (W*)dweight, \
-           (W*)dbias, partial, blocks, N, C, threads)
-  if (x_dtype == TRITIUM_F32) {
-    w_dtype == TRITIUM_F32 ? RUN(float, float) : RUN(float, bf16);
-  } else {
-    w_dtype == TRITIUM_F32 ? RUN(bf16, float) : RUN(bf16, bf16);
-  }
+// dx (N, C), dweight, dbias (C,) are written, dbias may be null; partial: (blocks, 2, C) scratch, 1 ≤ blocks ≤ max(N,
+// 1).
+TRITIUM_EXPORT(void, layer_norm_backward)(int dtype, const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,
+                                          const float* weight, const float* mean, const float* rstd, void* dx,
+                                          float* dweight, float* dbias, float* partial, int64_t blocks, int64_t N,
+                                          int64_t C, int threads) {
+#define RUN(X)                                                                                                  \
+  backward((const X*)dy, dy_stride, (const X*)x, x_stride, weight, mean, rstd, (X*)dx, dweight, dbias, partial, \
+           blocks, N, C, threads)
+  dtype == TRITIUM_F32 ? RUN(float) : RUN(bf16);
 #undef RUN
 }

@@ -23,9 +23,9 @@ TRITIUM_INLINE float bits_float(uint32_t u) {
 
 // To nearest, ties to even. A NaN becomes the quiet NaN: rounding its bits could carry into infinity or the sign.
 TRITIUM_INLINE bf16 round_bf16(float x) {
-  const uint32_t u = float_bits(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return bf16{(uint16_t)(x != x ? 0x7fc0u : rounded)};
+  const int32_t u = (int32_t)float_bits(x);  // signed: 32-bit vectors narrow faster
+  const int32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return bf16{(uint16_t)(x != x ? 0x7fc0 : rounded)};
 }
 
 TRITIUM_INLINE float load(const float* p) { return *p; }
