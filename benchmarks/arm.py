@@ -20,6 +20,7 @@ import traceback
 from types import ModuleType
 from typing import Any
 
+from tritium.engine import allocator
 from tritium.engine.config import Config
 
 OURS = "tritium"
@@ -159,6 +160,10 @@ class Arm:
         from tritium.benchmarks import peers, timing
 
         parsed = Config.from_json(config)
+        # for good: the process ends with the arm. tritium trains like this on a CPU (train.settings)
+        keep = device == "cpu" and (name == OURS or bool(variant and variant.get("keep_memory")))
+        self.kept = contextlib.ExitStack()
+        self.kept.enter_context(allocator.freed_memory_kept(keep))
         self.model, self.seed = parsed.model, seed
         self.clock = timing.clock_for(device)
         self.batches = peers.batches(self.model, B, T, count=4, device=device, seed=seed)

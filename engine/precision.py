@@ -7,24 +7,50 @@ row-wise or cast inside their op.
 
 from __future__ import annotations
 
+import time
+from functools import cache
 from typing import Any
 
 import torch
 
+from tritium.kernels.site import interpreting
+
 
 def resolve(precision: str, device: torch.device) -> torch.dtype:
-    """The compute dtype for "auto", "fp32" or "bf16". auto is bf16 where the device multiplies bf16 matrices in
-    hardware.
+    """The compute dtype for "auto", "fp32" or "bf16". auto is bf16 where the device multiplies bf16 matrices faster
+    than fp32 ones, except in Triton's interpreter, which cannot compute in it.
     """
-    if precision == "fp32":
+    if precision == "fp32" or (precision == "auto" and interpreting()):
         return torch.float32
     if precision == "bf16":
         return torch.bfloat16
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast = bf16_gain_on_cpu() > 1.4
     return torch.bfloat16 if fast else torch.float32
+
+
+@cache
+def bf16_gain_on_cpu(N: int = 512, C: int = 768, repeats: int = 12) -> float:
+    """How many times faster (N, C) @ (C, C) is in bf16 than in fp32, measured once a process in some 0.1 s; 0 without
+    bf16 instructions.
+
+    Measured, because the instruction's presence does not tell: with AVX512-BF16 and no AMX, AMD's cores are about 4
+    times as fast in bf16 and Intel's half as fast (docs/log.md, 2026-11-24). Noise cannot take one for the other.
+    """
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return 0.0
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for repeat in range(repeats + 1):
+        for dtype, taken in seconds.items():
+            # no random numbers: the global generator's state is the run's
+            x, w = torch.full((N, C), 0.5, dtype=dtype), torch.full((C, C), 0.5, dtype=dtype)
+            start = time.perf_counter()
+            torch.mm(x, w)
+            if repeat > 0:  # the first warms up
+                taken.append(time.perf_counter() - start)
+    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
 
 
 def to_compute_dtype(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:

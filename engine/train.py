@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritium.engine import checkpoint, metrics, precision
+from tritium.engine import allocator, checkpoint, metrics, precision
 from tritium.engine.config import Config, ConfigError, data_folder
 from tritium.engine.model import GPT
 from tritium.engine.optim import AdamW
@@ -30,7 +30,7 @@ from tritium.engine.report import Progress, Reporter
 from tritium.engine.schedule import learning_rate
 from tritium.engine.step import Loss, MicroBatch, train_step
 from tritium.kernels import op
-from tritium.kernels.site import Machine
+from tritium.kernels.site import Machine, interpreting
 
 
 @dataclass
@@ -86,6 +86,8 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
     with torch.device(device):
         model = GPT(config.model, documents=config.data.documents)
     dtype = precision.resolve(config.train.precision, device)
+    if world.any(dtype == torch.float32):  # auto is measured, and all processes must compute alike
+        dtype = torch.float32
     masters = precision.to_compute_dtype(model, dtype)
     optimizer = AdamW(model, config.optim, masters)
     compiled = should_compile(config, device)[0] if compile is None else compile
@@ -132,6 +134,8 @@ def should_compile(config: Config, device: torch.device) -> tuple[bool, str | No
             f"train.compile=true needs a C++ compiler and Python's headers, and {reason}; install it "
             "or use --train.compile auto"
         )
+    if interpreting() and config.train.compile == "auto":
+        reason = "Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which no compiler makes faster"
     return reason is None, reason
 
 
@@ -149,6 +153,13 @@ def determinism(on: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         memory.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def settings(config: Config, device: torch.device) -> Iterator[None]:
+    """What the whole process is set to while it trains: deterministic algorithms, and on a CPU freed memory kept."""
+    with determinism(is_deterministic(config, device)), allocator.freed_memory_kept(device.type == "cpu"):
+        yield
 
 
 class Stop:
@@ -187,7 +198,7 @@ def main(config: Config, reporter: Reporter | None = None) -> Outcome:
         if not world.first:
             reporter = Reporter(quiet=True)
         try:
-            with determinism(is_deterministic(config, world.device)):
+            with settings(config, world.device):
                 return _run(config, world, reporter)
         finally:
             reporter.close()

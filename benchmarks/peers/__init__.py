@@ -42,7 +42,8 @@ class Variant:
 
     precision: "fp32", or "bf16" for autocast over fp32 weights. matmul: torch.set_float32_matmul_precision of the
     process. padded: the token table has a multiple of 128 rows, and the loss leaves the surplus out. compile:
-    "false", or a mode of torch.compile. extra: the peer's own option.
+    "false", or a mode of torch.compile. extra: the peer's own option. keep_memory: on a CPU, the C library keeps freed
+    memory in the process, as tritium has it (engine/allocator.py); a user of the peer would have to know to set it.
     """
 
     precision: str = "fp32"
@@ -50,12 +51,14 @@ class Variant:
     padded: bool = True
     compile: str = "default"
     extra: str = ""
+    keep_memory: bool = False
 
     def __str__(self) -> str:
         vocabulary = "padded V" if self.padded else "exact V"
         compiled = {"false": "eager", "default": "compiled"}.get(self.compile, f"compiled {self.compile}")
         matmul = "" if self.matmul == "highest" else f"matmul {self.matmul}"
-        return ", ".join(filter(None, (self.precision, matmul, vocabulary, compiled, self.extra)))
+        memory = "freed memory kept" if self.keep_memory else ""
+        return ", ".join(filter(None, (self.precision, matmul, vocabulary, compiled, self.extra, memory)))
 
 
 class Training:

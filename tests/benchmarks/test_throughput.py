@@ -60,6 +60,7 @@ class FakeArm:
     def __init__(self, name, variant, cache, stderr):
         self.name, self.runs = name, 0
         self.mode = variant["compile"] if variant is not None else ""
+        self.kept = variant is not None and variant["keep_memory"]
 
     def __enter__(self):
         return self
@@ -75,7 +76,7 @@ class FakeArm:
             "startup_s": 1.0,
             "peak_bytes": 1,
             "threads": 2,
-            "variant": f"fp32 {self.mode}".strip(),
+            "variant": f"fp32 {self.mode}{' kept' if self.kept else ''}".strip(),
             "kernels": kernels,
         }
 
@@ -96,22 +97,28 @@ def test_different_losses_are_refused(tmp_path, monkeypatch, capsys, wrong):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_variant_is_tried_and_the_fastest_are_compared(tmp_path, monkeypatch, capsys):
-    """A variant that does not run is on record with the reason; one that is 10 % slower too, and it is not compared."""
+@pytest.mark.parametrize("gain", [0.8, 1.2])
+def test_every_variant_is_tried_and_the_fastest_are_compared(tmp_path, monkeypatch, capsys, gain):
+    """A variant that does not run is on record with the reason; one that is 10 % slower too, and it is not compared.
+    The fastest get tritium's way with memory as well, and as they are shipped the fastest is compared in any case.
+    """
 
     class Varied(FakeArm):
         def step_ms(self):
-            return super().step_ms() * {"slow": 1.1, "near": 1.02}.get(self.mode, 1.0)
+            assert not (self.kept and self.mode in ("slow", "no such mode"))  # offered to the fastest alone
+            return super().step_ms() * {"slow": 1.1, "near": 1.02}.get(self.mode, 1.0) * (gain if self.kept else 1.0)
 
     modes = ("slow", "no such mode", "near", "default")
     monkeypatch.setattr(throughput, "ArmProcess", Varied)
     monkeypatch.setattr(textbook, "variants", lambda device: [peers.Variant(compile=mode) for mode in modes])
     assert run(tmp_path, "--screening-steps", "3") == 0
     result = json.loads((tmp_path / "throughput_few_T16_B2.json").read_text())
-    assert [row["tokens_per_s"] is None for row in result["screening"]] == [False, True, False, False]
+    assert [row["tokens_per_s"] is None for row in result["screening"]] == [False, True, False, False, False, False]
     assert result["screening"][1]["problem"] == "this mode does not exist"
-    assert list(result["arms"]) == ["tritium: fp32", "textbook: fp32 default", "textbook: fp32 near"]
-    assert result["best_peer"] == "textbook: fp32 default"
+    shipped, kept = ["fp32 default", "fp32 near"], ["fp32 default kept", "fp32 near kept"]
+    compared = shipped if gain > 1 else [*kept, shipped[0]]
+    assert list(result["arms"]) == ["tritium: fp32", *(f"textbook: {variant}" for variant in compared)]
+    assert result["best_peer"] == f"textbook: {compared[0]}"
 
 
 @pytest.mark.parametrize(("theirs_ms", "sure"), [(120.0, True), (100.0, False), (80.0, False)])

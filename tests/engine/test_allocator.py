@@ -1,0 +1,90 @@
+"""Freed memory stays in the process while training, and goes back afterwards."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tritium.engine import allocator, precision, train
+from tritium.engine.config import Config
+
+FAULTS = """
+import resource
+import torch
+from tritium.engine import allocator
+
+def faults():  # minor page faults of ten rounds of what a step does: allocate 64 MiB, write, free
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.empty(16 << 20).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS:"))
+
+given_back = faults()
+with allocator.freed_memory_kept() as kept:
+    faults()
+    held = faults()
+    inside = resident()
+print(kept, given_back, held, inside - resident(), faults())
+"""
+
+
+def run(**environment):
+    command = [sys.executable, "-P", "-c", FAULTS]
+    clean = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", *allocator._USERS)}
+    said = subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True).stdout.split()
+    return said[0] == "True", *map(int, said[1:])
+
+
+def test_freed_memory_is_kept_inside_and_given_back_afterwards():
+    kept, given_back, held, returned_kib, after = run()
+    assert kept == (platform.libc_ver()[0] == "glibc")
+    if not kept:
+        return
+    assert given_back > 10 * 30  # at the least a fault for every huge page
+    assert held < given_back / 20
+    assert returned_kib > 60 << 10
+    assert after > given_back / 2
+
+
+def test_what_the_user_set_stays():
+    kept, _, _, _, _ = run(MALLOC_TRIM_THRESHOLD_="1000000")
+    assert not kept
+    assert not run(GLIBC_TUNABLES="glibc.malloc.arena_max=1")[0]
+
+
+def test_training_on_a_cpu_keeps_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(allocator, "freed_memory_kept", lambda on=True: asked.append(on) or _nothing())
+    for device in ("cpu", "cuda"):
+        with train.settings(Config(), torch.device(device)):
+            pass
+    assert asked == [True, False]
+
+
+class _nothing:
+    def __enter__(self):
+        return False
+
+    def __exit__(self, *exc):
+        return None
+
+
+@pytest.mark.parametrize(("gain", "wanted"), [(0.5, torch.float32), (4.0, torch.bfloat16), (0.0, torch.float32)])
+def test_auto_precision_is_what_multiplies_faster(monkeypatch, gain, wanted):
+    monkeypatch.setattr(precision, "bf16_gain_on_cpu", lambda: gain)
+    assert precision.resolve("auto", torch.device("cpu")) == wanted
+    assert precision.resolve("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_the_gain_of_bf16_is_measured_without_touching_the_random_state():
+    before = torch.get_rng_state()
+    gain = precision.bf16_gain_on_cpu()
+    assert torch.equal(torch.get_rng_state(), before)
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert (0.02 < gain < 50) if fast else gain == 0.0
