@@ -30,7 +30,7 @@ with allocator.freed_memory_kept() as kept:
     faults()
     held = faults()
     inside = resident()
-print(kept, given_back, held, inside - resident(), faults())
+print(kept, given_back, held, inside - resident())
 """
 
 
@@ -42,18 +42,17 @@ def run(**environment):
 
 
 def test_freed_memory_is_kept_inside_and_given_back_afterwards():
-    kept, given_back, held, returned_kib, after = run()
+    kept, given_back, held, returned_kib = run()
     assert kept == (platform.libc_ver()[0] == "glibc")
     if not kept:
         return
     assert given_back > 10 * 30  # at the least a fault for every huge page
     assert held < given_back / 20
     assert returned_kib > 60 << 10
-    assert after > given_back / 2
 
 
 def test_what_the_user_set_stays():
-    kept, _, _, _, _ = run(MALLOC_TRIM_THRESHOLD_="1000000")
+    kept, _, _, _ = run(MALLOC_TRIM_THRESHOLD_="1000000")
     assert not kept
     assert not run(GLIBC_TUNABLES="glibc.malloc.arena_max=1")[0]
 
