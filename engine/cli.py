@@ -847,8 +847,7 @@ def _kernels(argv: list[str]) -> int:
     holders = _on_meta(config, dtype)
     sites: dict[str, Any] = {}
     for path, call in contract.call_sites(holders):
-        facts = {"machine": machine, "phase": options.phase, "compiled": compiled}
-        sites.setdefault(call.op.name, _site(call, path, dtype, facts))
+        sites.setdefault(call.op.name, call.site(machine, path, options.phase, dtype, compiled=compiled))
     if not preset:  # ops that GPT-2 does not call: at the place that their first case stands for
         from tritium.kernels.contract import site_of
 
@@ -885,12 +884,6 @@ def _backend_table(sites: dict[Any, Any]) -> str:
         shown.append(f"{op_name if op_name != previous else '':<{width[0]}}  {name:<{width[1]}}  {text}")
         previous = op_name
     return "\n".join(shown)
-
-
-def _site(call: Any, path: str, dtype: Any, facts: dict[str, Any]) -> Any:
-    from tritium.kernels.site import Site
-
-    return Site(op=call.op.name, name=path, dtype=call.dtype or dtype, shape=call.shape, options=call.options, **facts)
 
 
 def _dtype(precision: str, machine: Any) -> Any:

@@ -70,6 +70,7 @@ class Norm(nn.Module):
             ops.layer_norm if self.layer_norm else ops.rms_norm,
             shape={"C": C},
             options={"bias": self.bias is not None, "weight": True},
+            weights=torch.float32,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +90,8 @@ class Attention(nn.Module):
         self.proj = Linear(H * D, config.n_embd, config.bias)
         self.attention = CallSite(
             ops.attention, shape={"H": H, "G": G, "D": D},
-            options={"causal": True, "documents": documents, "dropout": config.dropout, "window": 0, "softcap": 0.0},
+            options={"causal": True, "documents": documents, "window": 0, "softcap": 0.0},
+            training={"dropout": config.dropout},
         )  # fmt: skip
         self.qk_norm = CallSite(ops.rms_norm, shape={"C": D}, options={"weight": False}) if config.qk_norm else None
         self.rope = CallSite(ops.rope, shape={"H": H, "G": G, "D": D}) if config.position == "rope" else None
@@ -162,20 +164,18 @@ class Head(nn.Module):
         V, Vp, C = config.vocab_size, config.padded_vocab_size, config.n_embd
         self.config = config
         self.weight = None if config.tie_head else nn.Parameter(torch.empty(Vp, C))
-        loss = {
-            "tied": config.tie_head,
-            "label_smoothing": config.label_smoothing,
-            "z_loss": config.z_loss,
-            "softcap": config.logit_softcap,
-        }
+        options = {"tied": config.tie_head, "softcap": config.logit_softcap}
+        training = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
         self.linear = CallSite(ops.linear, shape={"C": C, "F": Vp}, options={"bias": False})
         self.linear_cross_entropy = self.cross_entropy = None
         if config.fused_loss:
             self.linear_cross_entropy = CallSite(
-                ops.linear_cross_entropy, shape={"C": C, "V": V, "Vp": Vp}, options=loss
+                ops.linear_cross_entropy, shape={"C": C, "V": V, "Vp": Vp}, options=options, training=training
             )
         else:
-            self.cross_entropy = CallSite(ops.cross_entropy, shape={"V": V, "Vp": Vp}, options=loss)
+            self.cross_entropy = CallSite(
+                ops.cross_entropy, shape={"V": V, "Vp": Vp}, options=options, training=training
+            )
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (..., C), weight (Vp, C) → (..., V) in x's dtype."""

@@ -210,7 +210,9 @@ def auto(op: Op, site: Site, entries: Sequence[Tuned] | None = None) -> tuple[st
 class CallSite:
     """Where a module calls an op: ``self.norm = CallSite(ops.layer_norm, shape={"C": C})``, then ``self.norm(x, ...)``.
 
-    Until :func:`bind` it runs the reference. ``dtype``: a site whose dtype is not the model's compute dtype says so.
+    Until :func:`bind` it runs the reference. training: options of the phase "train" only (dropout); the other phases
+    have their defaults. dtype: a site whose dtype is not the model's compute dtype says so. weights: the dtype that its
+    weights keep whatever x is; where x is narrower, the site has the option ``wide``.
     """
 
     def __init__(
@@ -219,15 +221,27 @@ class CallSite:
         *,
         shape: Mapping[str, int] = {},
         options: Mapping[str, object] = {},
+        training: Mapping[str, object] = {},
         dtype: torch.dtype | None = None,
+        weights: torch.dtype | None = None,
     ):
-        self.op, self.shape, self.options, self.dtype = op, dict(shape), dict(options), dtype
+        self.op, self.shape, self.options, self.training = op, dict(shape), dict(options), dict(training)
+        self.dtype, self.weights = dtype, weights
         self.function = op.reference
         self.backend = "reference"
         self.bound: dict[str, Backend] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+    def site(self, machine: Machine, name: str, phase: str, dtype: torch.dtype, **facts: Any) -> Site:
+        """What a backend is told of this place at ``name`` in a model that computes in ``dtype``; facts: further fields
+        of Site."""
+        dtype = self.dtype or dtype
+        options = self.options | (self.training if phase == "train" else {})
+        if self.weights is not None and self.weights.itemsize > dtype.itemsize:
+            options["wide"] = True
+        return Site(self.op.name, machine, name, phase, dtype, self.shape, options, **facts)
 
     def enter(self, phase: str) -> None:
         if phase in self.bound:
@@ -336,10 +350,7 @@ def bind(
             choice = next((c for _, c in parsed if c.applies(path, call.op.name, phase)), None)
             used |= {c.key for _, c in parsed if c.applies(path, call.op.name, phase)}
             name = mapping[choice.key] if choice else "auto"
-            site = Site(
-                op=call.op.name, machine=machine, name=path, phase=phase, dtype=call.dtype or dtype, shape=call.shape,
-                options=call.options, compiled=compiled, deterministic=deterministic,
-            )  # fmt: skip
+            site = call.site(machine, path, phase, dtype, compiled=compiled, deterministic=deterministic)
             if (
                 choice is not None
                 and choice.op == "*"

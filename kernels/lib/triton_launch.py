@@ -18,6 +18,7 @@ from tritium.kernels.site import Site, interpreting, triton_unavailable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED_ARCH, INTERPRETED_PROCESSORS = 90, 3
+INTERPRETED_BF16 = False  # the interpreter calculates on the bits of a bf16 tensor as if they were an integer's
 
 
 def arch() -> int:
@@ -59,6 +60,8 @@ def unsupported(site: Site) -> str | None:
     reason = triton_unavailable(site)
     if reason is None and site.dtype not in DTYPES:
         reason = f"computes in float32, bfloat16 or float16, the site is {site.dtype}; choose reference"
+    if reason is None and site.machine.interpreted and site.dtype == torch.bfloat16 and not INTERPRETED_BF16:
+        reason = "Triton's interpreter computes bfloat16 wrongly; use float32 (--train.precision fp32)"
     return reason
 
 

@@ -11,6 +11,8 @@ from tritium.engine import precision
 from tritium.engine.config import ConfigError
 from tritium.engine.model import GPT, GPTConfig, Linear, Norm
 from tritium.kernels import op, ops
+from tritium.kernels.op import KernelError
+from tritium.kernels.site import Machine, Site
 
 T = 12
 SMALL = GPTConfig(vocab_size=61, vocab_multiple=16, block_size=T, n_layer=2, n_head=4, n_embd=32, init_std=0.2)
@@ -415,18 +417,57 @@ def test_every_op_is_called_through_a_call_site():
         assert called == expected[name], name
 
 
+def told(model: GPT, phase: str = "train", dtype: torch.dtype = torch.float32) -> dict[tuple[str, str], Site]:
+    """What the backends are told of every place."""
+    here = Machine("cpu", "x86_64")
+    return {(path, call.op.name): call.site(here, path, phase, dtype) for path, call in op.call_sites(model)}
+
+
 def test_sites_state_the_facts():
-    sites = {}
-    for path, site in op.call_sites(GPT(dataclasses.replace(LLAMA, dropout=0.1), documents=True)):
-        sites[path, site.op.name] = site
+    model = GPT(dataclasses.replace(LLAMA, dropout=0.1), documents=True)
+    sites = told(model)
     assert sites["blocks.1.attention", "attention"].shape == {"H": 4, "G": 2, "D": 8}
     facts = {"causal": True, "documents": True, "dropout": 0.1, "window": 0, "softcap": 0.0}
     assert sites["blocks.1.attention", "attention"].options == facts
     assert sites["blocks.1.attention.qkv", "linear"].shape == {"C": 32, "F": 64}
     assert sites["blocks.0.norm1", "rms_norm"].shape == {"C": 32}
-    assert sites["wte", "embedding"].dtype == torch.float32
+    assert told(model, dtype=torch.bfloat16)["wte", "embedding"].dtype == torch.float32
     head = sites["head", "linear_cross_entropy"]
     assert head.shape == {"C": 32, "V": 61, "Vp": 64} and head.options["tied"] is False
+
+
+@pytest.mark.parametrize("phase", ["eval", "prefill", "decode"])
+@pytest.mark.parametrize("fused_loss", [True, False])
+def test_what_is_for_training_only_is_no_fact_of_the_other_phases(phase, fused_loss):
+    changes = {"dropout": 0.1, "label_smoothing": 0.2, "z_loss": 0.3, "fused_loss": fused_loss}
+    model = GPT(dataclasses.replace(SMALL, **changes))
+    loss = ("head", "linear_cross_entropy" if fused_loss else "cross_entropy")
+    attention = ("blocks.0.attention", "attention")
+    training, other = told(model), told(model, phase)
+    assert training[attention].options["dropout"] == 0.1 and not other[attention].option("dropout")
+    assert {training[loss].options[name] for name in ("label_smoothing", "z_loss")} == {0.2, 0.3}
+    assert not other[loss].option("label_smoothing") and not other[loss].option("z_loss")
+    with pytest.raises(KernelError, match=r"attention=sdpa .* \(train; cpu\)"):
+        op.bind(model, {"attention": "sdpa"})
+    op.bind(model, {f"attention@{phase}": "sdpa"})  # sdpa has no repeatable dropout, and there it needs none
+
+
+@every_architecture
+def test_norms_say_that_their_weights_stay_fp32(config):
+    """So that NVIDIA's apex, whose mixed-dtype norms cannot be traced, is refused under compile and only then."""
+    model = GPT(config)
+    norms = {key for key in told(model) if key[1] in ("layer_norm", "rms_norm") and "norm" in key[0]}
+    assert len(norms) == 5
+    for dtype, wide in ((torch.bfloat16, True), (torch.float32, False)):
+        sites = told(model, dtype=dtype)
+        assert {bool(sites[key].option("wide")) for key in norms} == {wide}
+        assert not any(site.option("wide") for key, site in sites.items() if key not in norms)
+    h100 = Machine("cuda", "sm_90", packages={"apex": "0.1"})
+    choice = {f"*norm*:{config.norm}": "apex"}
+    with pytest.raises(KernelError, match="apex was chosen .* cannot be traced by torch.compile"):
+        op.bind(model, choice, machine=h100, dtype=torch.bfloat16, compiled=True)
+    op.bind(model, choice, machine=h100, dtype=torch.bfloat16)
+    op.bind(model, choice, machine=h100, dtype=torch.float32, compiled=True)
 
 
 def test_train_and_eval_use_the_kernels_of_their_phase(recording):

@@ -279,6 +279,32 @@ def test_a_site_of_another_dtype_says_so():
         bind(model, {"attention": "sdpa_flash"}, machine=H100, dtype=torch.bfloat16)
 
 
+def test_options_of_training_hold_in_that_phase_alone():
+    model = nn.Module()
+    model.attend = CallSite(ops.attention, options={"causal": True}, training={"dropout": 0.1})
+    with pytest.raises(KernelError, match=r"attention=sdpa was chosen and cannot serve this site \(train; cpu\)"):
+        bind(model, {"attention": "sdpa"}, machine=CPU)
+    table = bound(model, choices={"attention": "sdpa", "attention@train": "reference"})
+    assert [table["", "attention", phase] for phase in PHASES] == ["reference", "sdpa", "sdpa", "sdpa"]
+    assert model.attend.site(CPU, "", "train", torch.float32).options == {"causal": True, "dropout": 0.1}
+    assert model.attend.site(CPU, "", "eval", torch.float32).options == {"causal": True}
+
+
+@pytest.mark.parametrize(
+    ("weights", "own", "dtype", "wide"),
+    [
+        (torch.float32, None, torch.bfloat16, True),
+        (torch.float32, None, torch.float32, False),
+        (torch.float32, None, torch.float64, False),
+        (torch.float32, torch.float32, torch.bfloat16, False),  # this site's x is fp32 too
+        (None, None, torch.bfloat16, False),
+    ],
+)
+def test_a_site_whose_weights_keep_their_dtype_is_wide_beside_a_narrower_x(weights, own, dtype, wide):
+    call = CallSite(ops.layer_norm, shape={"C": 8}, dtype=own, weights=weights)
+    assert call.site(CPU, "", "train", dtype).options.get("wide", False) is wide
+
+
 def test_a_model_and_its_optimizer_are_bound_together():
     class Optimizer:
         def __init__(self):

@@ -14,6 +14,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from tritium.kernels.lib import triton_launch
+
 
 def widen(bits: np.ndarray) -> np.ndarray:
     """bf16 bits (uint16) → the same values in fp32."""
@@ -65,4 +67,4 @@ def install() -> None:
 
     builder.create_dot, builder.unary_op, builder.binary_op = create_dot, unary_op, binary_op
     interpreter._convert_float = convert_float
-    builder.bf16_is_right = True
+    builder.bf16_is_right = triton_launch.INTERPRETED_BF16 = True
