@@ -4,7 +4,7 @@ go on.
 A run folder holds ``checkpoints/step_00000100/``: DCP's files (fp32 weights, optimizer, random states), ``run.json``
 (resolved config, kernel table, versions, position) and ``checksums.json`` (SHA-256 of every file, written last). A
 checkpoint is written into a folder whose name starts with ``.`` and renamed when it is whole, so a kill at any moment
-leaves either a good checkpoint or none.
+leaves either a good checkpoint or none. (DCP takes half a second to import, which is left to those who need it.)
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from tritium.engine.config import Config, ConfigError
 from tritium.engine.parallel import World
@@ -65,6 +63,9 @@ def save(out: pathlib.Path, state: dict[str, Tensor], meta: dict[str, Any], worl
 
     Raises CheckpointError when the disk refuses; earlier checkpoints stay as they were.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
     final = folder_of(out, meta["step"])
     temporary = final.with_name(f".{final.name}.tmp")
 
@@ -166,6 +167,8 @@ def newest(out: pathlib.Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 def read(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
     """Fill the tensors of ``state`` in place from the checkpoint's tensors of the same names."""
+    import torch.distributed.checkpoint as dcp
+
     stored = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
     wrong = [f"{k} is missing" for k in state if k not in stored]
     for name, tensor in state.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import sys
 import time
 from typing import IO, Any, Literal
 
@@ -32,13 +33,17 @@ def flops_per_token(config: GPTConfig, T: int | None = None, convention: Literal
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, N: int, C: int, F: int, seconds: float = 0.5) -> float:
-    """FLOP/s of (N, C) @ (C, F) here and now: the median over repeats that fill about ``seconds`` after a warm-up."""
+    """FLOP/s of (N, C) @ (C, F) here and now: the median over repeats that fill about ``seconds`` after a warm-up.
+
+    On a CPU 300 repeats are enough, however short; a GPU needs the time to raise its clock.
+    """
     draw = torch.Generator(device).manual_seed(0)  # its own: measuring must not move the random state of a resumed run
     x, w = (torch.randn(n, C, device=device, dtype=dtype, generator=draw) for n in (N, F))
     sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     times: list[float] = []
     end = time.perf_counter() + 1.5 * seconds
-    while time.perf_counter() < end or len(times) < 5:
+    enough = 300 if device.type == "cpu" else sys.maxsize
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < enough):
         sync()
         start = time.perf_counter()
         torch.nn.functional.linear(x, w)
