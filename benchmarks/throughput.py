@@ -229,9 +229,8 @@ class _Run:
     ) -> None:  # fmt: skip
         """Time a few steps of a variant in a process of its own; a row to ``seen`` and, where it runs, its tokens/s."""
         row: dict[str, Any] = {"peer": name, "variant": str(variant), "tokens_per_s": None, "problem": None}
-        code = re.sub(r"\W+", "_", f"{name} {dataclasses.replace(variant, keep_memory=False)}")
         try:
-            with self.process(name, variant, f"cache_{code}") as arm:
+            with self.process(name, variant, "screening_cache") as arm:
                 self.start(arm)
                 timing.warm_up(arm.step_ms, limit_runs=10)
                 speeds[variant] = 1e3 * self.B * self.T / statistics.median(arm.step_ms() for _ in range(steps))
