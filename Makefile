@@ -40,19 +40,23 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 train: $(INSTALLED)
 	@$(BIN)/tritium train tiny $(ARGS)
 
-# Two processes, because Triton decides when it is imported whether it interprets, and at once, because the interpreter
-# keeps one core busy. The second one's output is shown when both are done.
+# Triton decides when it is imported whether it interprets, so its interpreter's tests have a process of their own. They
+# and as many others run beside the rest, for two cores, and their output is shown when all are done.
 PYTEST := $(BIN)/python -P -m pytest
+BESIDE := tests/kernels tests/benchmarks
 define run-tests
 @log=$$(mktemp); \
-  TRITON_INTERPRET=1 $(PYTEST) tests/kernels_interpreted $(1) $(ARGS) > $$log 2>&1 & interpreted=$$!; \
-  trap "kill $$interpreted; rm -f $$log; exit 130" INT TERM; \
-  compiled_status=0; interpreted_status=0; \
-  env -u TRITON_INTERPRET $(PYTEST) tests --ignore=tests/kernels_interpreted $(1) $(ARGS) || compiled_status=$$?; \
-  wait $$interpreted || interpreted_status=$$?; \
+  ( status=0; child=; trap 'kill $$child; exit 130' INT TERM; \
+    TRITON_INTERPRET=1 $(PYTEST) tests/kernels_interpreted $(1) $(ARGS) & child=$$!; wait $$child || status=$$?; \
+    env -u TRITON_INTERPRET $(PYTEST) $(BESIDE) $(1) $(ARGS) & child=$$!; wait $$child || status=$$?; \
+    exit $$status ) > $$log 2>&1 & beside=$$!; \
+  trap "kill $$beside; rm -f $$log; exit 130" INT TERM; \
+  status=0; beside_status=0; \
+  env -u TRITON_INTERPRET $(PYTEST) tests $(addprefix --ignore=,tests/kernels_interpreted $(BESIDE)) $(1) $(ARGS) || status=$$?; \
+  wait $$beside || beside_status=$$?; \
   cat $$log; rm -f $$log; \
-  if [ $$compiled_status = 0 ] && [ $$interpreted_status = 0 ]; then echo "$@: passed"; \
-  else echo "$@: FAILED (exit status of the tests $$compiled_status, in Triton's interpreter $$interpreted_status)"; exit 1; fi
+  if [ $$status = 0 ] && [ $$beside_status = 0 ]; then echo "$@: passed"; \
+  else echo "$@: FAILED (exit status $$status, and $$beside_status of the tests beside)"; exit 1; fi
 endef
 
 test: $(INSTALLED)

@@ -635,7 +635,9 @@ class _Pool:
             return
         waiting: deque[tuple[_Batch, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
         for batch in batches:
-            waiting.append((batch, self.executor.submit(_tokenize_in_worker, batch.texts)))
+            with _interrupts_held():  # what the first call starts inherits it
+                future = self.executor.submit(_tokenize_in_worker, batch.texts)
+            waiting.append((batch, future))
             if len(waiting) >= self.in_flight_max:
                 batch, future = waiting.popleft()
                 yield batch, *future.result()
@@ -644,12 +646,22 @@ class _Pool:
             yield batch, *future.result()
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C goes to the whole group, workers included, but the parent decides. A process started in here never gets
+    it; this one gets it at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker_tokenizer: Tokenizer | None = None
 
 
 def _start_worker(folder: str) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
     parent = multiprocessing.parent_process()
     if parent is not None:

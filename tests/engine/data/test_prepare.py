@@ -1,6 +1,7 @@
 """Preparation: the same bytes for every number of workers and after every kind of interruption; nothing good is ever
 lost."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -533,6 +534,29 @@ def test_control_c(slow, tmp_path):
     assert (out / ".partial/progress.json").exists()
 
 
+def workers_of(process: subprocess.Popen) -> list[int]:
+    found = []
+    for pid in alive_in_session(process.pid):
+        with contextlib.suppress(OSError):
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def test_control_c_while_the_workers_start(slow, tmp_path):
+    """A worker takes a second to import what it needs, and only then could it say that Ctrl-C is not for it."""
+    process = start(slow, tmp_path / "out", 2)
+    until = time.monotonic() + 60
+    while len(workers_of(process)) < 2:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    time.sleep(0.1)  # into their imports
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "PreparationInterrupted: Preparation of" in said and "Traceback" not in said, said
+
+
 def test_interrupts_in_the_process_itself(source, tmp_path, monkeypatch):
     small_batches(monkeypatch)
     monkeypatch.setattr(module, "PROGRESS_INTERVAL_S", 0.0)
@@ -552,9 +576,7 @@ def test_a_worker_that_dies(slow, tmp_path):
     out = tmp_path / "out"
     process = start(slow, out, 2)
     wait_for_shards(process, out, 1)
-    workers = [
-        pid for pid in alive_in_session(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    workers = workers_of(process)
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     _, said = process.communicate(timeout=60)
