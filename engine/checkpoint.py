@@ -106,7 +106,8 @@ def save(out: pathlib.Path, state: dict[str, Tensor], meta: dict[str, Any], worl
                 "Free space, or choose another folder with --run.out"
             )
     if world.first:
-        for old in candidates(out)[keep:]:
+        older = [path for path in candidates(out) if path != final]  # what was written just now is never what goes
+        for old in older[keep - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
     world.barrier()
     return final
@@ -127,6 +128,8 @@ def verify(path: pathlib.Path) -> Checkpoint:
         raise CheckpointError(
             f"{path / _SUMS} cannot be read ({error}), so the checkpoint cannot be trusted"
         ) from error
+    if not isinstance(sums, dict):
+        raise CheckpointError(f"{path / _SUMS} is no list of checksums, so the checkpoint cannot be trusted")
     for name, expected in sums.items():
         file = path / name
         if not file.is_file():
@@ -163,6 +166,18 @@ def newest(out: pathlib.Path, warn: Callable[[str], None]) -> Checkpoint | None:
     if problems:
         raise CheckpointError(f"no checkpoint of {out} is usable:\n  " + "\n  ".join(problems))
     return None
+
+
+def set_aside(out: pathlib.Path, used: Checkpoint) -> list[pathlib.Path]:
+    """Rename the checkpoints newer than ``used``, which ``newest`` passed over, to ``damaged_step_…``; returns the new
+    paths. A run that goes on from ``used`` would otherwise count them among the newest it keeps."""
+    moved = []
+    for path in candidates(out):
+        if path.name > used.path.name:
+            target = path.with_name(f"damaged_{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
+    return moved
 
 
 def read(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
@@ -279,6 +294,13 @@ def _write(path: pathlib.Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Replace a small file whole or not at all: a kill leaves the old one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    _write(temporary, text)
+    os.replace(temporary, path)
+
+
 def _sync_folder(path: pathlib.Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -288,11 +310,19 @@ def _sync_folder(path: pathlib.Path) -> None:
 
 
 def _root(error: BaseException) -> str:
-    """The innermost reason: DCP reports a full disk as a CheckpointException that holds the OSError."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        return _root(next(iter(failures.values()))[0])
-    return _root(error.__cause__) if error.__cause__ is not None else f"{type(error).__name__}: {error}"
+    """The reason in a failure's chain: the operating system's word where there is one (a full disk reaches us as DCP's
+    CheckpointException around a RuntimeError around an OSError), else the innermost."""
+    chain: list[BaseException] = []
+    queue: list[BaseException | None] = [error]
+    while queue:
+        one = queue.pop(0)
+        if one is None or one in chain:
+            continue
+        chain.append(one)
+        queue += [failure[0] for failure in getattr(one, "failures", {}).values()]
+        queue += [one.__cause__, one.__context__]
+    reason = next((e for e in chain if isinstance(e, OSError) and e.errno), chain[-1])
+    return f"{type(reason).__name__}: {reason}"
 
 
 @contextlib.contextmanager

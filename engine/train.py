@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -108,6 +109,8 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
         recompute.apply(model, config.train.recompute, config.train.recompute_keep)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     model.train()
+    if world.rank > 0:  # the weights were drawn alike everywhere; dropout must not be
+        torch.manual_seed(config.train.seed + world.rank)
 
     def loss(batch: MicroBatch) -> Tensor:
         return forward(batch.ids, batch.targets, batch.seq_start)
@@ -205,9 +208,33 @@ def main(config: Config, reporter: Reporter | None = None) -> Outcome:
 
 
 def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
+    out = pathlib.Path(config.run.out or f"runs/{config.name}")
+    with _alone(out) if world.first else contextlib.nullcontext():
+        return _prepare_and_run(config, out, world, reporter)
+
+
+@contextlib.contextmanager
+def _alone(out: pathlib.Path) -> Iterator[None]:
+    """The run folder for one run at a time: a second one would replace its metrics and delete its checkpoints."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(
+            f"another process is training in {out} right now; two would mix their metrics and delete each other's "
+            "checkpoints. Wait for it or stop it, or choose another folder with --run.out"
+        ) from None
+    finally:
+        os.close(folder)
+        with contextlib.suppress(OSError):
+            out.rmdir()  # succeeds only where nothing was written: a run that could not begin leaves no folder
+
+
+def _prepare_and_run(config: Config, out: pathlib.Path, world: World, reporter: Reporter) -> Outcome:
     from tritium.engine.tasks.pretraining import Pretraining
 
-    out = pathlib.Path(config.run.out or f"runs/{config.name}")
     found = _to_resume(config, out, world, reporter)
     reporter.status("preparing the data")
     data = prepared(config, world, reporter)
@@ -217,6 +244,12 @@ def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
     if found is not None:
         checkpoint.check_compatible(found.config, config, found.path)
         _check_data(found, task)
+        if found.step > config.train.steps:
+            raise ConfigError(
+                f"{found.path} is at step {found.step}, beyond train.steps={config.train.steps}: there is nothing left "
+                f"to train. Use --train.steps {2 * found.step}, or start a new run with --run.out OTHER_FOLDER"
+            )
+    task.check()
 
     _, why_not = should_compile(config, world.device)
     if why_not:
@@ -234,9 +267,13 @@ def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
     if found is not None:
         step = restore(engine, found)
         reporter.note(f"resumed from {found.path} at step {step}")
+        world.barrier()  # all have read it
+        if world.first:
+            for path in checkpoint.set_aside(out, found):
+                reporter.note(f"set aside as {path}: it is of no use to this run and may be deleted")
     if world.first:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(config.to_json())
+        checkpoint.write_whole(out / "config.json", config.to_json())
         (out / "tokenizer").mkdir(exist_ok=True)
         task.tokenizer.save(out / "tokenizer")  # so that the run can be sampled from without its data
     log = metrics.MetricsFile(out / "metrics.jsonl", step) if world.first else None
@@ -285,7 +322,9 @@ class Loop:
         clock, clock_step, first = time.perf_counter(), step, step
         while True:
             last = step >= t.steps
-            stopping = world.any(self.stop.asked)
+            # asking all processes of a GPU run would make the host wait for the device in every step
+            agree = world.size == 1 or device.type == "cpu" or last or step % t.log_every == 0
+            stopping = agree and world.any(self.stop.asked)
             if (t.eval_every and step % t.eval_every == 0 and step > first) and not last and not stopping:
                 self._report(waiting, val, clock, clock_step, rate, flops)
                 waiting = None

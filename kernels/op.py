@@ -12,6 +12,7 @@ function, once at start-up. Nothing is global, so several models with different 
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import importlib
 import importlib.metadata
@@ -107,13 +108,15 @@ class Op:
             path = name
         else:
             raise KernelError(
-                f"op {self.name} has no backend {name!r}; it has {', '.join(self.backends())} (or give a module path "
-                f"such as my_package.my_{self.name})"
+                f"op {self.name} has no backend {name!r}; the nearest are {nearest(name, self.backends())}; "
+                f"it has {', '.join(self.backends())} (or give a module path such as my_package.my_{self.name})"
             )
         try:
             module = importlib.import_module(path)
-        except ImportError as error:
-            raise KernelError(f"backend {name!r} of op {self.name}: importing {path} failed: {error}") from error
+        except Exception as error:  # a user's module may fail in any way while it is imported
+            raise KernelError(
+                f"backend {name!r} of op {self.name}: importing {path} failed: {type(error).__name__}: {error}"
+            ) from error
         function = getattr(module, self.name, None)
         if not callable(function):
             raise KernelError(f"backend {name!r} of op {self.name}: module {path} defines no function {self.name}")
@@ -133,6 +136,11 @@ class Op:
             except KernelError as error:
                 table[name] = str(error)
         return table
+
+
+def nearest(name: str, known: Sequence[str], count: int = 3) -> str:
+    """The ``count`` known names that are most like ``name``, best first."""
+    return ", ".join(difflib.get_close_matches(name, known, count, cutoff=0.0))
 
 
 def _shape_of(signature: inspect.Signature) -> list[tuple[str, Any, Any]]:
@@ -345,6 +353,13 @@ def bind(
     used, rows, problems = set(), [], []
     refused: dict[tuple[Op, str, str], list[Site]] = {}
     sites = list(call_sites(model))
+    available = sorted({name for _, call in sites for name in call.op.backends()})
+    for key, name in mapping.items():  # a default that no op has would leave every op on auto: a silent fallback
+        if Choice.parse(key).op == "*" and name != "auto" and "." not in name and sites and name not in available:
+            problems.append(
+                f"{key}={name} was chosen and no op of this model has a backend {name!r}; "
+                f"the nearest are {nearest(name, available)}"
+            )
     for path, call in sites:
         for phase in phases:
             choice = next((c for _, c in parsed if c.applies(path, call.op.name, phase)), None)

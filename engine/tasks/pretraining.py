@@ -25,6 +25,14 @@ class Pretraining:
         self.vocab_size = self.tokenizer.vocab_size
         self.identity = {"task": "pretraining", "tokenizer": self.tokenizer.identity, "data": self.dataset.identity}
 
+    def check(self) -> None:
+        """Raise DataError when the data cannot feed this model: rows too long, ids beyond the vocabulary."""
+        c = self.config
+        Loader(
+            self.dataset, "train", T=c.model.block_size, batch_rows=c.train.micro_rows, seed=c.data.seed, prefetch=0,
+            vocab_size=c.model.vocab_size,
+        )  # fmt: skip
+
     def batches(self, start: int, rank: int = 0, world_size: int = 1, pin_memory: bool = False) -> Iterator[MicroBatch]:
         c = self.config
         loader = Loader(

@@ -126,3 +126,48 @@ def test_another_format_is_refused(tmp_path):
     (path / "checksums.json").write_text(json.dumps(sums))
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_newer_checkpoint_never_costs_a_good_one(tmp_path, keep):
+    for step in (10, 20, 30):
+        make(tmp_path, step, keep=3)
+    damage(checkpoint.folder_of(tmp_path, 30) / "run.json", "bit")
+    found = checkpoint.newest(tmp_path, lambda text: None)
+    assert found.step == 20
+    for step in (22, 24):  # the run goes on from 20 without anyone having moved 30 away
+        make(tmp_path, step, keep=keep)
+        assert checkpoint.verify(checkpoint.folder_of(tmp_path, step)).step == step
+    moved = checkpoint.set_aside(tmp_path, checkpoint.newest(tmp_path, lambda text: None))
+    assert [path.name for path in moved] == (["damaged_step_00000030"] if keep == 2 else [])
+    assert checkpoint.newest(tmp_path, pytest.fail).step == 24
+    make(tmp_path, 26, keep=2)
+    assert [path.name for path in checkpoint.candidates(tmp_path)] == ["step_00000026", "step_00000024"]
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null"])
+def test_checksums_that_are_no_list_are_damage(tmp_path, text):
+    make(tmp_path, 1)
+    (make(tmp_path, 2) / "checksums.json").write_text(text)
+    said = []
+    assert checkpoint.newest(tmp_path, said.append).step == 1
+    assert "no list of checksums" in said[0]
+
+
+def test_the_operating_system_s_word_is_the_reason():
+    """As DCP reports a full disk: its own exception around torch's, which came while handling the system's."""
+    inner, torchs, outer = (
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("unexpected pos"),
+        ValueError(),
+    )
+    torchs.__context__, outer.__cause__ = inner, torchs
+    assert checkpoint._root(outer) == "OSError: [Errno 28] No space left on device"
+    assert checkpoint._root(ValueError("alone")) == "ValueError: alone"
+
+
+def test_a_small_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "config.json"
+    checkpoint.write_whole(path, "one")
+    checkpoint.write_whole(path, "two")
+    assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]

@@ -26,8 +26,10 @@ from tritium.engine.config import (
     RunConfig,
     TrainConfig,
 )
+from tritium.engine.data.errors import DataError
 from tritium.engine.data.prepare import prepare
 from tritium.engine.metrics import read_metrics
+from tritium.engine.parallel import World
 from tritium.engine.report import Reporter
 
 RUN = "import sys, pathlib; from tritium.engine import train; from tritium.engine.config import Config; " \
@@ -354,3 +356,51 @@ def test_kernel_choices_reach_the_call_sites_and_the_checkpoint(data, tmp_path):
     chosen = {row["site"]: row["backend"] for row in rows if row["op"] == "attention" and row["phase"] == "train"}
     assert sorted(chosen.values()) == ["reference", "sdpa"]
     assert next(b for s, b in chosen.items() if "blocks.1" in s) == "reference"
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_no_good_one_is_lost(data, tmp_path):
+    train.main(config_for(data, tmp_path, train_steps=8), Reporter(quiet=True))
+    newest = checkpoint.candidates(tmp_path)[0]
+    (newest / "run.json").write_text("{}")
+    outcome = train.main(
+        config_for(data, tmp_path, train_steps=6, run_keep=1, run_save_every=1), Reporter(quiet=True)
+    )  # 5 and 6 are lower than the damaged 8
+    assert outcome.checkpoint is not None and outcome.checkpoint.name == "step_00000006"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["damaged_step_00000008", "step_00000006"]
+    assert checkpoint.newest(tmp_path, pytest.fail).step == 6
+
+
+def test_a_run_folder_has_one_run_at_a_time(data, tmp_path):
+    with train._alone(tmp_path / "run"), pytest.raises(ConfigError, match="another process is training in"):
+        train.main(config_for(data, tmp_path / "run", train_steps=1), Reporter(quiet=True))
+    assert list(tmp_path.iterdir()) == []
+    assert train.main(config_for(data, tmp_path / "run", train_steps=1), Reporter(quiet=True)).status == "done"
+
+
+def test_a_run_beyond_its_steps_is_refused_and_stays_as_it_is(data, tmp_path):
+    train.main(config_for(data, tmp_path, train_steps=3), Reporter(quiet=True))
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ConfigError, match=r"is at step 3, beyond train\.steps=2.*Use --train\.steps 6"):
+        train.main(config_for(data, tmp_path, train_steps=2), Reporter(quiet=True))
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_rows_longer_than_the_data_leave_no_folder(data, tmp_path):
+    with pytest.raises(DataError, match="row"):
+        train.main(config_for(data, tmp_path / "run", model_block_size=10_000_000), Reporter(quiet=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_begin_with_equal_weights_and_draw_their_own_dropout(data, tmp_path):
+    class Alone(World):  # answers for the others
+        def any(self, flag: bool) -> bool:
+            return flag
+
+    config = train.with_vocabulary(config_for(data, tmp_path, train_compile="false"), 257)
+    engines, draws = [], []
+    for rank in (0, 1, 2):
+        engines.append(train.build(config, Alone(rank=rank, size=3)))
+        draws.append(torch.rand(8))
+    weights = [list(engine.model.state_dict().values()) for engine in engines]
+    assert all(torch.equal(a, b) for other in weights[1:] for a, b in zip(weights[0], other, strict=True))
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])

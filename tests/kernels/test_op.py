@@ -105,7 +105,9 @@ def test_every_backend_in_the_tree_loads_with_the_references_signature():
 
 
 def test_an_unknown_backend_names_those_there_are():
-    with pytest.raises(KernelError, match=r"op layer_norm has no backend 'tritn'; it has reference, .*module path"):
+    with pytest.raises(
+        KernelError, match=r"no backend 'tritn'; the nearest are triton, .*; it has reference, .*module path"
+    ):
         ops.layer_norm.load("tritn")
 
 
@@ -123,7 +125,9 @@ def test_a_module_without_the_function_or_that_fails_to_import_says_so(mine):
     with pytest.raises(KernelError, match=r"module no_function\.norm defines no function layer_norm"):
         ops.layer_norm.load("no_function.norm")
     mine("bad_import.norm", "import no_such_package\n")
-    with pytest.raises(KernelError, match=r"importing bad_import\.norm failed: No module named 'no_such_package'"):
+    with pytest.raises(
+        KernelError, match=r"importing bad_import\.norm failed: ModuleNotFoundError: No module named 'no_such_package'"
+    ):
         ops.layer_norm.load("bad_import.norm")
     with pytest.raises(KernelError, match=r"importing not_there\.norm failed"):
         ops.layer_norm.load("not_there.norm")
@@ -404,3 +408,18 @@ def test_an_entry_covers_only_what_it_names(changes, covered):
 def test_the_first_covering_entry_decides():
     entries = [entry(arch="sm_90", order=("flex",)), entry(order=("sdpa",), evidence="record 8"), entry()]
     assert auto(ops.attention, at(), entries) == ("sdpa", "auto: record 8")
+
+
+def test_a_default_that_no_op_has_is_an_error_with_the_nearest_names():
+    for choices in ("tritn", {"*": "tritn"}, {"*@train": "tritn"}):
+        with pytest.raises(KernelError, match=r"no op of this model has a backend 'tritn'; the nearest are triton, "):
+            bind(Model(), choices)
+
+
+def test_a_module_that_fails_in_any_way_while_imported_is_a_kernel_error(tmp_path, monkeypatch):
+    (tmp_path / "broken_pkg").mkdir()
+    (tmp_path / "broken_pkg" / "__init__.py").write_text("")
+    (tmp_path / "broken_pkg" / "norm.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KernelError, match=r"importing broken_pkg\.norm failed: ZeroDivisionError"):
+        ops.layer_norm.load("broken_pkg.norm")
