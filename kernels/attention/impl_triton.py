@@ -548,10 +548,10 @@ def _common(
         Tq=q.shape[1], Tk=k.shape[1], factor=scale if softcap > 0 else scale * LOG2E.value,
         softcap=softcap, window=window, threshold=int(dropout * 2**32), keep_scale=1 / (1 - dropout),
     )  # fmt: skip
-    constants: dict[str, object] = dict(  # noqa: C408
+    constants: dict[str, object] = dict(
         CAUSAL=causal, WINDOW=window > 0, SOFTCAP=softcap > 0, DROPOUT=dropout > 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        R=q.shape[2] // k.shape[2], D=D, BLOCK_D=max(launch.power_of_two(D), 16),
+        R=q.shape[2] // k.shape[2], D=D, BLOCK_D=max(launch.power_of_two(D), 16), **launch.OPTIONS,
     )  # fmt: skip
     return numbers, constants
 
@@ -621,8 +621,9 @@ def _launch_backward(
     queries = config("backward_queries", launch.arch(), D, q.dtype, features)
     with launch.on_device(q):
         _delta[(B * H * triton.cdiv(Tq, 64),)](
-            y, dy, delta, *_strides(dy), Tq, H, D=D, BLOCK_D=constants["BLOCK_D"], BLOCK_M=64, num_warps=4
-        )
+            y, dy, delta, *_strides(dy), Tq, H, D=D, BLOCK_D=constants["BLOCK_D"], BLOCK_M=64, num_warps=4,
+            **launch.OPTIONS,
+        )  # fmt: skip
         _backward_keys[(B * G * triton.cdiv(Tk, keys.BLOCK_N),)](
             q, k, v, dy, seq_start, seed, lse, delta, dk, dv, *strides, G=G, **numbers, **constants, **keys._asdict()
         )

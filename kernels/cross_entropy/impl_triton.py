@@ -223,6 +223,7 @@ def _launch_forward(
                 logits, targets, losses, lse, logits.stride(0), targets.stride(0), vocab_size, ignore_index,
                 label_smoothing, z_loss, softcap,
                 SMOOTH=label_smoothing > 0, SOFTCAP=softcap > 0, BLOCK_V=tile.BLOCK_V, num_warps=tile.num_warps,
+                **launch.OPTIONS,
             )  # fmt: skip
     return losses, lse
 
@@ -242,6 +243,7 @@ def _launch_backward(
                 vocab_size, Vp,
                 ignore_index, label_smoothing, z_loss, softcap,
                 SMOOTH=label_smoothing > 0, SOFTCAP=softcap > 0, BLOCK_V=tile.BLOCK_V, num_warps=tile.num_warps,
+                **launch.OPTIONS,
             )  # fmt: skip
     return (dlogits,)
 
@@ -267,6 +269,7 @@ def losses_and_gradient_in_place(
             logits, targets, losses, logits.stride(0), targets.stride(0), vocab_size, Vp, ignore_index,
             label_smoothing, z_loss, softcap,
             SMOOTH=label_smoothing > 0, SOFTCAP=softcap > 0, BLOCK_V=tile.BLOCK_V, num_warps=tile.num_warps,
+            **launch.OPTIONS,
         )  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) 
             _forward[(triton.cdiv(N, tile.BLOCK_N),)](
                 rows, weight.contiguous(), bias if bias is None else bias.contiguous(), y, mean, rstd,
                 rows.stride(0), N, eps,
-                C=C, BLOCK_N=tile.BLOCK_N, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps,
+                C=C, BLOCK_N=tile.BLOCK_N, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, **launch.OPTIONS,
             )  # fmt: skip
     return y, mean, rstd
 
@@ -168,9 +168,10 @@ def _launch_backward(
         _backward[(P,)](
             dy_rows, rows, weight.contiguous(), mean, rstd, dx, partial, dy_rows.stride(0), rows.stride(0), N,
             C=C, HAS_BIAS=bias is not None, BLOCK_N=tile.BLOCK_N, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps,
+            **launch.OPTIONS,
         )  # fmt: skip
         _add_partials[(triton.cdiv(C, 32), 1 if bias is None else 2)](
-            partial, dweight, dbias, P, C=C, BLOCK_P=64, BLOCK_C=32, num_warps=4
+            partial, dweight, dbias, P, C=C, BLOCK_P=64, BLOCK_C=32, num_warps=4, **launch.OPTIONS
         )
     return dx, dweight, dbias
 

@@ -17,6 +17,8 @@ from triton.runtime.driver import driver
 from tritium.kernels.site import Site, interpreting, triton_unavailable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# for every launch: a·b + c in one instruction, which Triton 3.10 will not make unless asked, as 3.9 warns
+OPTIONS = {"enable_fp_fusion": True}
 INTERPRETED_ARCH, INTERPRETED_PROCESSORS = 90, 3
 INTERPRETED_BF16 = False  # the interpreter calculates on the bits of a bf16 tensor as if they were an integer's
 

@@ -103,7 +103,9 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty_like(x, dtype=dtype)
     if x.numel() > 0:
         with launch.on_device(x):
-            _scale[(triton.cdiv(x.numel(), SCALE_BLOCK),)](x, factor, y, x.numel(), BLOCK=SCALE_BLOCK, num_warps=4)
+            _scale[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
+                x, factor, y, x.numel(), BLOCK=SCALE_BLOCK, num_warps=4, **launch.OPTIONS
+            )
     return y
 
 

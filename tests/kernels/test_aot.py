@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 from tritium.kernels import aot, ops
 from tritium.kernels.attention import impl_triton as attention
@@ -16,6 +17,20 @@ BF16 = torch.bfloat16
 def case(name: str, op: str) -> Case:
     (found,) = (c for c in ops.OPS[op].cases.CASES if c.name == name)
     return found
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """The options of every launch. All ask for fused multiply-add, whose default depends on Triton's version."""
+    found, run = [], JITFunction.run
+
+    def seen(self, *args, **options):
+        found.append(options)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "run", seen)
+    yield found
+    assert all(options.get("enable_fp_fusion") is True for options in found)
 
 
 def test_attention_of_gpt2_on_an_h100():
@@ -44,10 +59,11 @@ def test_attention_of_gpt2_on_an_h100():
         ("linear_cross_entropy", "gpt2_124m", "sm_90", {"_forward_backward_in_place", "_scale"}),
     ],
 )
-def test_other_ops_compile_without_spills(op, name, arch, kernels):
+def test_other_ops_compile_without_spills(op, name, arch, kernels, launches):
     lines = aot.compile_case(ops.OPS[op], case(name, op), arch, BF16)
     assert {line.resources.kernel for line in lines} == kernels
     assert [line.resources for line in lines if line.resources.problem] == []
+    assert len(launches) >= len(kernels)
 
 
 def test_another_length_compiles_nothing_new():
@@ -101,7 +117,6 @@ def test_meta_inputs_keep_shapes_and_take_no_memory():
 
 def test_the_driver_is_put_back():
     from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
 
     before = driver._active, JITFunction.run
     with pytest.raises(RuntimeError, match="planted"), aot.compiling_for("sm_90"):
