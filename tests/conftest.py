@@ -37,9 +37,6 @@ def allowed_skips() -> list[tuple[str, str]]:
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: children would be deaf to Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    config.addinivalue_line("markers", f"timeout(seconds): limit of one test, {TIMEOUT_S} s unless it says otherwise")
-    config.addinivalue_line("markers", "full: the full product of options, run by make test-full only")
-    config.addinivalue_line("markers", "gpu: needs a GPU")
     config.pluginmanager.register(_Skips(allowed_skips()), "tritium-skips")
 
 

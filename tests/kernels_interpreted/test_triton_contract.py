@@ -90,11 +90,15 @@ def test_attention_options_in_pairs(case, dtype):
     assert report.ok, report
 
 
+SHAPES = ("T", "heads", "D", "dtype")
+
+
 @pytest.mark.full
-def test_full_attention_options():
-    product = [dict(zip(ATTENTION, values, strict=True)) for values in itertools.product(*ATTENTION.values())]
-    for options in product[::7]:
-        case, dtype = attention_case(**options)
+@pytest.mark.parametrize(SHAPES, list(itertools.product(*(ATTENTION[name] for name in SHAPES))), ids=str)
+def test_full_attention_options(T, heads, D, dtype):
+    rest = {name: values for name, values in ATTENTION.items() if name not in SHAPES}
+    for values in itertools.product(*rest.values()):
+        case, _ = attention_case(T, heads, D, dtype, **dict(zip(rest, values, strict=True)))
         report = contract.check(ops.attention, "triton", case, dtype, variants=("plain",))
         assert report.ok, report
 
