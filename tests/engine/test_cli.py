@@ -16,6 +16,7 @@ import pytest
 from tritium.engine import cli, presets
 from tritium.engine.config import Config, ConfigError
 from tritium.engine.report import Reporter
+from tritium.kernels import ops
 
 ROOT = pathlib.Path(__file__).parents[2]
 TRITIUM = [sys.executable, "-m", "tritium.engine.cli"]
@@ -653,10 +654,17 @@ def test_kernels_of_a_preset_shows_what_would_be_bound(tritium):
 
 
 def test_kernels_refuse_what_cannot_be_met(tritium, monkeypatch):
-    monkeypatch.delenv("TRITIUM_INTERPRET", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     status, _, err = tritium("kernels", "tiny", "--device", "cpu", "--kernels", "triton")
     assert status == 1
-    assert "triton was chosen and cannot serve" in err
+    for op in (ops.attention, ops.linear_cross_entropy):  # every backend of the op, and what it says
+        assert f"{op.name}=triton was chosen and cannot serve" in err
+        own = err.partition(f"{op.name}=triton was chosen")[2].partition(" was chosen")[0]
+        for name in op.backends():
+            assert re.search(rf"^    {name} +\S", own, re.M), (op, name)
+        assert re.search(
+            r"^    triton +Triton compiles for GPUs and this site is on cpu; .*TRITON_INTERPRET=1", own, re.M
+        )
     status, _, err = tritium("kernels", "--device", "cuda", "--arch", "hopper")
     assert status == 2
     assert "not 'hopper'" in err
