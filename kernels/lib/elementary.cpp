@@ -9,6 +9,9 @@ TRITIUM_EXPORT(void, elementary)(int function, const float* x, float* y, int64_t
   } else if (function == 1) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) y[i] = vector_tanh(x[i]);
+  } else if (function == 3) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] = vector_exp2(x[i]);
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
