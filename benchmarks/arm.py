@@ -42,7 +42,12 @@ class ArmProcess:
     def __init__(self, name: str, variant: dict[str, Any] | None, cache: pathlib.Path, stderr: pathlib.Path):
         self.name, self.variant = name, variant
         self.stderr = stderr
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TOKENIZERS_PARALLELISM": "false"}
+        # waiting threads sleep in every arm, as `tritium` has it (engine/cli.py): without, one short disturbance from
+        # outside makes an arm's step several times as long
+        environment = {
+            "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache),
+            "TOKENIZERS_PARALLELISM": "false",
+        }  # fmt: skip
         self.spawned = time.time()
         with stderr.open("w") as errors:
             self.process = subprocess.Popen(
