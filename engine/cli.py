@@ -39,8 +39,8 @@ class UsageError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. argv: without the program's name; default: the command line."""
-    # before torch loads its OpenMP: threads that wait sleep. Spinning, as by default, they take the core from the one they
-    # wait for as soon as anything else runs: a step of tiny took 7 to 14 times as long (docs/log.md, 2026-11-24)
+    # before torch loads its OpenMP: threads that wait sleep. Spinning, as by default, they take the core from the one
+    # they wait for as soon as anything else runs: a step of tiny took up to 7 times as long (docs/log.md, 2026-11-24)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a replaced stream
