@@ -14,6 +14,7 @@ import difflib
 import errno
 import importlib.metadata
 import importlib.util
+import json
 import math
 import os
 import pathlib
@@ -286,6 +287,32 @@ def _check_value(name: str, hint: Any, value: str) -> None:
         raise UsageError(f"--{name} wants {_wanted(hint)}, not {value!r}")
 
 
+SEEDS = (-(1 << 63), (1 << 64) - 1)  # what torch's generators take
+
+
+def _check_seed(flag: str, seed: int, more: int = 0, limits: tuple[int, int] = SEEDS) -> None:
+    """more: how many seeds after this one are drawn from, too."""
+    low, high = limits[0], limits[1] - more
+    if not low <= seed <= high:
+        raise UsageError(f"{flag} must be from {low} to {high}, not {seed}, which the random generators do not take")
+
+
+def _check_utf8(flag: str, text: str) -> None:
+    """UsageError for text that came as bytes of another encoding: Python keeps these as surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise _not_utf8(flag, code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code, text[: error.start]) from None
+
+
+def _not_utf8(flag: str, code: int, before: str) -> UsageError:
+    return UsageError(
+        f"{flag} must be UTF-8 text, and byte 0x{code:02x} after {before[-20:]!r} is not, so it stands for no tokens; "
+        "convert it, e.g. with iconv -f latin1 -t utf-8"
+    )
+
+
 def parse(
     kind: type, argv: Sequence[str], verb: str, about: str, *, positional: Sequence[str] = (), default: Any = None
 ) -> Any:
@@ -376,7 +403,10 @@ def _train(argv: list[str]) -> int:
     about += f" Defaults below are those of {argv[0]}.\n\n" if first else "\n\n"
     verb = f"train {argv[0]}" if first else "train PRESET"
     config = parse(Config, argv[1:] if first else argv, verb, about + _preset_list(), default=start)
-    config.check(int(os.environ.get("WORLD_SIZE", "1")))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    config.check(processes)
+    _check_seed("--train.seed", config.train.seed, processes - 1)
+    _check_seed("--data.seed", config.data.seed)
     _find_modules_here(config.kernels.choices().values())
 
     reporter = _reporter()
@@ -398,7 +428,7 @@ def _train(argv: list[str]) -> int:
             outcome.status,
             outcome.out,
             outcome.checkpoint,
-            config.train.steps,
+            max(outcome.step, config.train.steps),
             outcome.bits_per_byte,
             command=command(),
         )
@@ -425,15 +455,75 @@ def _start(name: str) -> Config:
             f"{name!r} is neither a preset nor the folder of a run; the nearest presets are "
             f"{_nearest(name, presets.names())}. All: {command()} train --help"
         )
-    stored = folder / "config.json"
-    if not stored.is_file():
-        raise ConfigError(
-            f"{folder} holds no config.json, so it is not the folder of a run; name one, or a preset: "
-            f"{', '.join(presets.names())}"
-        )
-    config = Config.from_json(stored.read_text())
+    config = _stored(folder)
     resume = "auto" if config.run.resume == "never" else config.run.resume
     return dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(folder), resume=resume))
+
+
+def _stored(folder: pathlib.Path) -> Config:
+    """The configuration of a run: its config.json, or that of its newest good checkpoint where this one is damaged."""
+    path = folder / "config.json"
+    problem = None
+    try:
+        values = json.loads(path.read_text())
+        problem = _mistyped(values)
+        if problem is None:
+            return Config.from_json(json.dumps(values))
+        problem = f"{path} is damaged: {problem}"
+    except FileNotFoundError:
+        problem = f"{folder} holds no config.json"
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; remove the field, or use the version that wrote it") from None
+    except (ValueError, RecursionError) as error:
+        problem = f"{path} is damaged: it is not JSON ({error})"
+    remedy = "name the folder of a run, or begin one with a preset and --run.out OTHER_FOLDER; presets: "
+    remedy += ", ".join(presets.names())
+    if not any((folder / "checkpoints").glob("step_*")):
+        raise ConfigError(f"{problem}, and there is no checkpoint to take the configuration from; {remedy}")
+    from tritium.engine import checkpoint
+
+    def warn(text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {text}", file=sys.stderr)
+
+    try:
+        found = checkpoint.newest(folder, warn)
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(f"{problem}, and {error}\n{remedy}") from None
+    if found is None or _mistyped(found.meta["config"]) is not None:
+        raise ConfigError(f"{problem}, and no checkpoint holds a configuration that can be read; {remedy}")
+    warn(f"{problem}; going on with the configuration that {found.path} holds")
+    return found.config
+
+
+def _mistyped(values: Any) -> str | None:
+    """What is wrong with the types of a stored configuration; None when nothing is."""
+    if not isinstance(values, dict):
+        return f"it must be a JSON object, not {_json(values)}"
+    for name, hint in flags_of(Config).items():
+        section, dot, field = name.rpartition(".")
+        part = values.get(section, {}) if dot else values
+        if not isinstance(part, dict):
+            return f"{section} must be a JSON object, not {_json(part)}"
+        if field in part and not _fits(part[field], hint):
+            wanted = {str: "a text", tuple[str, ...]: "a list of texts"}.get(hint, _wanted(hint))
+            return f"{name} wants {wanted}, not {_json(part[field])}"
+    return None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, hint)
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _find_modules_here(choices: typing.Iterable[str]) -> None:
@@ -473,8 +563,13 @@ class PrepareOptions:
 
 
 def _prepare(argv: list[str]) -> int:
-    about = "Turn text into checksummed token shards. Running it again after an interruption goes on where it stopped."
+    about = (
+        "Turn text into checksummed token shards. Running it again after an interruption goes on after the last "
+        "finished shard (33,554,432 tokens); what came after that is tokenized again."
+    )
     options = parse(PrepareOptions, argv, "prepare", about, positional=("sources",))
+    _check_utf8("--separator", options.separator)
+    _check_seed("--seed", options.seed)
     from tritium.engine.data.prepare import prepare
 
     out = pathlib.Path(options.out)
@@ -633,7 +728,16 @@ def _sample(argv: list[str]) -> int:
     options = parse(SampleOptions, argv, "sample", about, positional=("run",))
     if options.num < 1:
         raise UsageError(f"--num must be at least 1, not {options.num}")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    _check_seed("--seed", options.seed, options.num - 1)
+    prompt, source = options.prompt, "--prompt"
+    if prompt == "-":
+        source = "standard input (--prompt -)"
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start].decode("utf-8", "replace")
+            raise _not_utf8(source, error.object[error.start], before) from None
+    _check_utf8(source, prompt)
     loaded = _load(options.run, options.device, options.precision, options.kernels, ("prefill", "decode"))
     from tritium.engine.generate import stream
 
@@ -920,6 +1024,7 @@ def _check_kernels(argv: list[str]) -> int:
         "Hold backends to the contract: values, gradients, strides, determinism, memory, against the fp64 reference."
     )
     options = parse(CheckOptions, argv, "kernels check", about, positional=("backend",) if named else ())
+    _check_seed("--seed", options.seed, limits=(-(1 << 32), (1 << 32) - 1))  # of it the contract makes others
     _find_modules_here([options.backend])
     import torch
 

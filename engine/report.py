@@ -106,8 +106,8 @@ def closing_report(
 ) -> str:  # fmt: skip
     """What came out, where it lies, and what to do next.
 
-    status: the Outcome's ("done", "interrupted", "behind"). steps: of the run's configuration. command: how
-    this user calls tritium. Files that do not exist are not mentioned.
+    status: the Outcome's ("done", "interrupted", "behind"). steps: of the run, done or configured, whichever
+    are more. command: how this user calls tritium. Files that do not exist are not mentioned.
     """
     blocks = []
     if bits_per_byte:

