@@ -26,12 +26,15 @@ class Pretraining:
         self.identity = {"task": "pretraining", "tokenizer": self.tokenizer.identity, "data": self.dataset.identity}
 
     def check(self) -> None:
-        """Raise DataError when the data cannot feed this model: rows too long, ids beyond the vocabulary."""
+        """Raise DataError when the data cannot feed this model: rows too long, ids beyond the vocabulary,
+        no validation split.
+        """
         c = self.config
         Loader(
             self.dataset, "train", T=c.model.block_size, batch_rows=c.train.micro_rows, seed=c.data.seed, prefetch=0,
             vocab_size=c.model.vocab_size,
         )  # fmt: skip
+        self.dataset.split("val")  # a run ends with a validation loss: better to miss the split now
 
     def batches(self, start: int, rank: int = 0, world_size: int = 1, pin_memory: bool = False) -> Iterator[MicroBatch]:
         c = self.config

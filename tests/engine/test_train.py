@@ -391,6 +391,15 @@ def test_rows_longer_than_the_data_leave_no_folder(data, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_validation_split_is_said_at_the_start(data, tmp_path):
+    lines = [json.dumps({"text": f"document {i}. " * 20}) for i in range(40)]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    prepare([tmp_path / "all.jsonl"], tmp_path / "all", tokenizer="bytes", val_fraction=0.0, say=lambda s: None)
+    with pytest.raises(DataError, match="'val'"):
+        train.main(config_for(tmp_path / "all", tmp_path / "run", train_steps=1), Reporter(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_processes_begin_with_equal_weights_and_draw_their_own_dropout(data, tmp_path):
     class Alone(World):  # answers for the others
         def any(self, flag: bool) -> bool:
