@@ -16,6 +16,7 @@ from tritium.benchmarks import ours, peers, timing
 from tritium.benchmarks.gpu_baseline import Bench, iter_arm, shape_of, write_speed
 from tritium.benchmarks.peers import textbook
 from tritium.benchmarks.throughput import LOSS_STEPS, equal_losses
+from tritium.engine.precision import resolve
 from tritium.kernels import contract
 from tritium.kernels.case import Case
 from tritium.kernels.op import KernelError, Op
@@ -75,7 +76,8 @@ def training_by_kernels(bench: Bench) -> None:
     config, B, T = shape_of(bench, "gpt2_124m")
     if bench.tiny:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile="false"))
-    precision = "bf16" if peers.fast_bf16(bench.device) else "fp32"  # what ours resolves "auto" to
+    resolved = resolve("auto", torch.device(bench.device))  # as ours
+    precision = "bf16" if resolved == torch.bfloat16 else "fp32"
     batches = peers.batches(config.model, B, T, 4, bench.device)
     weights = peers.initial_weights(config.model)
     arms: dict[str, timing.Arm] = {}
