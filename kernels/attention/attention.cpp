@@ -1,6 +1,6 @@
 // Attention, forward and backward (mathematics: impl_native.py). q, k, v, y and their gradients fp32 or bf16,
 // arithmetic fp32. Every GEMM is one register-blocked kernel, `multiply`, on packed fp32 copies of a few hundred rows
-// that stay in the second-level cache: in place the rows lie many cache lines apart, in few sets, and evict one another.
+// that stay in the second-level cache: in place the rows lie in few of its sets and would evict one another.
 //
 // Scores are kept in base 2, s = log2(e) · scale · q·k, with the factor folded into the packed q.
 #include <cfloat>
@@ -13,11 +13,12 @@
 
 namespace {
 
-// MR × NV vectors of the result stay in registers: 16 + 3 of 32, or 8 + 3 of 16. MR divides W, see `Backward`.
+// MR × NV vectors of the result stay in registers, with NV of b and one of a: 19 of 32, or 16 and 11 of 16. MR divides
+// W, see `Backward`.
 #if defined(__AVX512F__)
 constexpr int W = 16, MR = 8, NV = 2;
 #elif defined(__AVX__)
-constexpr int W = 8, MR = 4, NV = 2;
+constexpr int W = 8, MR = 4, NV = 3;
 #else
 constexpr int W = 4, MR = 4, NV = 2;
 #endif
@@ -100,7 +101,10 @@ template <bool COLUMNS>
 void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t step, float* c, int64_t ldc, int64_t n,
              int64_t vectors, bool add) {
   int64_t v = 0;
-  for (; v + NV <= vectors; v += NV) multiply<NV, COLUMNS>(a, lda, b + v * step, ldb, step, c + v * W, ldc, n, add);
+  // NV + 1 are better cut in two pairs than into NV and 1, which alone leaves the multipliers waiting
+  for (; v + NV <= vectors && v + NV + 1 != vectors; v += NV)
+    multiply<NV, COLUMNS>(a, lda, b + v * step, ldb, step, c + v * W, ldc, n, add);
+  for (; v + 2 <= vectors; v += 2) multiply<2, COLUMNS>(a, lda, b + v * step, ldb, step, c + v * W, ldc, n, add);
   for (; v < vectors; ++v) multiply<1, COLUMNS>(a, lda, b + v * step, ldb, step, c + v * W, ldc, n, add);
 }
 
