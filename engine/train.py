@@ -344,11 +344,16 @@ class Loop:
             work = [next(batches).to(device) for _ in range(micro_batches)]
             loss, norm = train_step(self.engine.loss, self.engine.optimizer, work, lr, inverse_count, world)
             step += 1
-            if waiting is not None and (waiting[0] % t.log_every == 0 or waiting[0] == first + 1):
-                # read a step late: by now the device has long computed it, so the host does not wait
-                self._report(waiting, val, clock, clock_step, rate, flops)
-                clock, clock_step = time.perf_counter(), step
-            waiting = (step, loss, norm, value)
+            done = (step, loss, norm, value)
+            # a GPU's loss is read a step late: by then the device has long computed it, so the host does not wait
+            due, waiting = (waiting, done) if device.type == "cuda" else (done, None)
+            if due is None:
+                continue
+            if due[0] % t.log_every == 0 or due[0] == first + 1:
+                self._report(due, val, clock, clock_step, rate, flops)
+                clock, clock_step = time.perf_counter(), due[0]
+            elif waiting is None:
+                waiting = due  # for the report before an evaluation or the end
         batches.close()
         return self._finish(step, saved, val, interrupted=not last)
 
@@ -365,11 +370,12 @@ class Loop:
         if waiting is None:
             return
         step, loss, norm, lr = waiting
+        loss_read = loss.item()  # waits for the device to have done this step; only then the clock
         seconds, done = time.perf_counter() - clock, step - clock_step
         speed = done * self.config.batch_tokens / seconds if done > 0 else math.nan
         left = self.config.train.steps - step
         progress = Progress(
-            step=step, steps=self.config.train.steps, loss=loss.item(), val_loss=val.get("val_loss", math.nan), lr=lr,
+            step=step, steps=self.config.train.steps, loss=loss_read, val_loss=val.get("val_loss", math.nan), lr=lr,
             grad_norm=norm.item(), tokens=step * self.config.batch_tokens, tokens_per_s=speed,
             matmul_fraction=speed * flops / (rate * self.world.size),
             eta_s=left * self.config.batch_tokens / speed if speed > 0 else math.nan,

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import random
+import types
 
 import numpy as np
 import pytest
@@ -292,3 +293,22 @@ def test_bits_per_byte_are_those_of_the_validation_text(data, tmp_path):
     assert lines["eval"]["val_tokens"] == 3 * len(texts(data, "val")) - 1  # all but the first are predicted
     for logged in (lines["eval"]["bits_per_byte"], lines["end"]["model_bits_per_byte"]):
         assert logged == outcome.bits_per_byte["model"]
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_the_logged_speed_is_tokens_over_time(data, tmp_path, monkeypatch, every):
+    """By a clock on which a step takes half a second and nothing else takes any time."""
+    clock = [0.0]
+
+    def step(*args):
+        clock[0] += 0.5
+        return train_step(*args)
+
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    config = config_for(data, tmp_path, train_steps=13, train_log_every=every, train_eval_every=4)
+    train.main(config, Reporter(quiet=True))
+    timed = [line for line in steps_of(tmp_path) if "tokens_per_s" in line]
+    assert len(timed) >= 13 // every - 1
+    for line in timed:
+        assert line["tokens_per_s"] == pytest.approx(config.batch_tokens / 0.5)
