@@ -27,8 +27,7 @@ def resident():
 
 given_back = faults()
 with allocator.freed_memory_kept() as kept:
-    faults()
-    held = faults()
+    held = min(faults() for _ in range(5))  # once every size has found its place in the heap
     inside = resident()
 print(kept, given_back, held, inside - resident())
 """
