@@ -219,17 +219,20 @@ def _alone(out: pathlib.Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ConfigError(
-            f"another process is training in {out} right now; two would mix their metrics and delete each other's "
-            "checkpoints. Wait for it or stop it, or choose another folder with --run.out"
-        ) from None
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is training in {out} right now; two would mix their metrics and delete each other's "
+                "checkpoints. Wait for it or stop it, or choose another folder with --run.out"
+            ) from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # succeeds only where nothing was written: a run that could not begin leaves no folder
     finally:
         os.close(folder)
-        with contextlib.suppress(OSError):
-            out.rmdir()  # succeeds only where nothing was written: a run that could not begin leaves no folder
 
 
 def _prepare_and_run(config: Config, out: pathlib.Path, world: World, reporter: Reporter) -> Outcome:

@@ -372,7 +372,10 @@ def test_a_damaged_checkpoint_is_set_aside_and_no_good_one_is_lost(data, tmp_pat
 
 def test_a_run_folder_has_one_run_at_a_time(data, tmp_path):
     with train._alone(tmp_path / "run"), pytest.raises(ConfigError, match="another process is training in"):
-        train.main(config_for(data, tmp_path / "run", train_steps=1), Reporter(quiet=True))
+        try:
+            train.main(config_for(data, tmp_path / "run", train_steps=1), Reporter(quiet=True))
+        finally:
+            assert (tmp_path / "run").is_dir()  # the other one's, though nothing is in it yet
     assert list(tmp_path.iterdir()) == []
     assert train.main(config_for(data, tmp_path / "run", train_steps=1), Reporter(quiet=True)).status == "done"
 
