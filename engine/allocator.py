@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 # mallopt's parameters and glibc's defaults for them (malloc.h, mallopt(3))
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_KEEP = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1))
+_KEEP = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
 _DEFAULTS = ((_MMAP_MAX, 65536), (_TRIM_THRESHOLD, 128 * 1024))
 _USERS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
 

@@ -1,4 +1,4 @@
-"""AdamW over fp32 masters, its groups, and the global gradient norm. The update itself is the op ``adamw``."""
+"""AdamW over fp32 masters and its groups. The update is the op ``adamw``, the gradient norm the op ``global_norm``."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class AdamW:
     def __init__(self, model: torch.nn.Module, config: OptimConfig, masters: Mapping[str, Tensor]):
         self.config = config
         self.adamw = CallSite(ops.adamw, options={"copies": bool(masters)})
+        self.global_norm = CallSite(ops.global_norm)
         groups: dict[tuple[bool, bool], Group] = {}
         for name, leaf in model.named_parameters():
             key = (leaf.ndim >= 2, name in masters)
@@ -57,6 +58,7 @@ class AdamW:
 
     def call_sites(self) -> Iterator[tuple[str, CallSite]]:
         yield "optimizer", self.adamw
+        yield "gradient norm", self.global_norm
 
     def gradients(self) -> list[Tensor]:
         """The gradient of every parameter, in group order. A parameter the loss did not reach is an error, not a
@@ -79,7 +81,7 @@ class AdamW:
         is not finite changes nothing and is counted in ``skipped``. The host reads nothing back.
         """
         grads = self.gradients()
-        norm = global_norm(grads) * inverse_count
+        norm = self.global_norm(grads) * inverse_count
         scale = inverse_count
         if self.config.grad_clip > 0.0:
             scale = scale * torch.clamp(self.config.grad_clip / (norm + 1e-6), max=1.0)
@@ -123,9 +125,3 @@ class AdamW:
         for group in self.groups:
             for copy, master in zip(group.copies, group.params, strict=bool(group.copies)):
                 copy.copy_(master)
-
-
-def global_norm(tensors: list[Tensor]) -> Tensor:
-    """√Σ‖t‖² over all tensors, () fp32."""
-    norms = torch._foreach_norm(tensors, 2, torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))

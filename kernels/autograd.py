@@ -43,6 +43,7 @@ def differentiable(
     outputs: int = 1,
     flops: Callable[..., int] | None = None,
     flops_backward: Callable[..., int] | None = None,
+    backward_fuses: bool = False,
 ) -> Callable[..., Any]:
     """Build a callable with autograd from a forward and a backward over plain tensors. It takes positional arguments.
 
@@ -53,6 +54,8 @@ def differentiable(
     backward(*grads_of_outputs, *values) -> one tensor for each entry of ``gradients``, the positions in ``args`` they
         belong to. A gradient for an argument that was None is dropped, so return an empty tensor for it.
     forward and backward carry type annotations (they become the schema); no result may alias an argument or another.
+    backward_fuses: backward is plain torch that a compiler may see into and fuse with what follows: under compile it is
+        traced instead of called as an op of its own.
     fake_*: same signatures, allocate only. flops*: torch.utils.flop_counter formulas, called with shapes for tensors.
     Works once: the returned gradient is not itself differentiable.
     """
@@ -93,7 +96,8 @@ def differentiable(
         stash(ctx, inputs, output)
 
     def op_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return place(ctx, backward_op(*unstash(ctx, grads[:outputs])))
+        run = backward if backward_fuses else backward_op
+        return place(ctx, run(*unstash(ctx, grads[:outputs])))
 
     forward_op.register_autograd(op_backward, setup_context=setup_context)
 

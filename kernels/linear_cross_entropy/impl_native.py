@@ -107,6 +107,7 @@ _linear_cross_entropy = differentiable(
     save=lambda args, results: (results[1], results[2], args[9]),
     gradients=(0, 1),
     flops=_flops,
+    backward_fuses=True,  # with the sum of a tied table's two gradients: the product alone would copy all of dW
 )
 
 

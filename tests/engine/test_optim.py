@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tritium.engine.config import OptimConfig
-from tritium.engine.optim import AdamW, global_norm
+from tritium.engine.optim import AdamW
 from tritium.engine.precision import resolve, to_compute_dtype
 
 
@@ -82,12 +82,6 @@ def test_a_parameter_out_of_reach_is_an_error():
     net.a(torch.ones(1, 5)).sum().backward()
     with pytest.raises(RuntimeError, match="b.weight has no gradient"):
         optimizer.step(torch.tensor(0.1), torch.tensor(1.0))
-
-
-def test_global_norm_is_the_norm_of_everything():
-    tensors = [torch.randn(3, 4), torch.randn(7).bfloat16()]
-    flat = torch.cat([t.float().flatten() for t in tensors])
-    assert global_norm(tensors).item() == pytest.approx(flat.norm().item(), rel=1e-6)
 
 
 def test_precision_names():

@@ -14,6 +14,7 @@ layer_norm = ops.layer_norm.load("native").function
 cross_entropy = ops.cross_entropy.load("native").function
 linear_cross_entropy = ops.linear_cross_entropy.load("native").function
 adamw = ops.adamw.load("native").function
+global_norm = ops.global_norm.load("native").function
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -367,3 +368,44 @@ def test_adamw_refuses_what_it_would_misread(change, error, message):
     with pytest.raises(error, match=message):
         adamw(*arguments.values(), *scalars())
     assert torch.equal(arguments["params"][0], torch.ones(3, 4))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# global_norm
+
+
+def test_global_norm_mixes_dtypes_and_layouts():
+    tensors = [random(3, 4), random(7, seed=1).bfloat16(), random(50, 60, seed=2).t(), random(70_003, seed=3)]
+    flat = torch.cat([t.double().flatten() for t in tensors])
+    assert global_norm(tensors).item() == pytest.approx(flat.norm().item(), rel=1e-7)
+
+
+def test_global_norm_does_not_depend_on_the_threads():
+    tensors = [random(200_001), random(65_536, seed=1), random(3, seed=2)]
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(global_norm(tensors).item())
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 65_535, 65_536, 70_002])
+def test_global_norm_shows_what_is_not_finite(bad: float, at: int):
+    tensors = [random(5), random(70_003, seed=1)]
+    tensors[1][at] = bad
+    norm = global_norm(tensors)
+    assert torch.isnan(norm) if bad != bad else torch.isinf(norm)
+
+
+def test_global_norm_does_not_overflow_where_its_result_does_not():
+    assert global_norm([torch.full((4,), 1e30)]).item() == pytest.approx(2e30, rel=1e-6)
+
+
+def test_global_norm_refuses_other_dtypes():
+    with pytest.raises(TypeError, match=r"tensors\[1\] is torch.float64 .*choose reference"):
+        global_norm([random(2), random(2).double()])
