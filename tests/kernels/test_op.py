@@ -79,7 +79,7 @@ def mine(tmp_path, monkeypatch):
 def test_every_op_has_a_reference_of_its_name_and_cases():
     assert list(ops.OPS) == [
         "linear", "embedding", "attention", "layer_norm", "rms_norm", "add_layer_norm", "rope", "gelu", "swiglu",
-        "relu2", "cross_entropy", "linear_cross_entropy", "adamw",
+        "relu2", "cross_entropy", "linear_cross_entropy", "global_norm", "adamw",
     ]  # fmt: skip
     for name, op in ops.OPS.items():
         assert op.reference.__name__ == name
