@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import pathlib
 import re
@@ -357,29 +358,49 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _nearest(word: str, known: Sequence[str]) -> str:
+    return ", ".join(difflib.get_close_matches(word, known, 3, cutoff=0.0))
+
+
+def _check(made: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    """Exit with status 2 where the command line cannot be meant, before anything is built."""
+    for name in a.presets:
+        if name not in presets.names():
+            made.error(
+                f"there is no preset {name!r}; the nearest are {_nearest(name, presets.names())}. "
+                f"All: {', '.join(presets.names())}"
+            )
+    for name in a.peers.split(","):
+        if name not in peers.NAMES:
+            made.error(f"there is no peer {name!r}; peers: {', '.join(peers.NAMES)}")
+    least = {"rounds": (2, ", or there is no interval"), "T": (1, ""), "B": (1, ""), "screening_steps": (0, "")}
+    for field, (low, why) in least.items():
+        value = getattr(a, field)
+        if value is not None and value < low:
+            made.error(f"--{field.replace('_', '-')} must be at least {low}{why}; it is {value}")
+    if not 0 <= a.seed < 2**63:
+        made.error(f"--seed must be from 0 to {2**63 - 1}; it is {a.seed}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """``tritium bench``; exit status 0, 1 when the losses differ or an arm fails, 2 for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     made = parser()
-    a = made.parse_args(argv)
+    a, unknown = made.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in made._actions for flag in action.option_strings]
+        made.error(f"there is no flag {unknown[0]!r}; the nearest are {_nearest(unknown[0], flags)}")
+    _check(made, a)
     device = a.device
     if device == "auto":
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     names = a.presets or list(SHAPES[device])
-    for name in names:
-        if name not in presets.names():
-            made.error(f"there is no preset {name!r}; presets: {', '.join(presets.names())}")
-    for name in a.peers.split(","):
-        if name not in peers.NAMES:
-            made.error(f"there is no peer {name!r}; peers: {', '.join(peers.NAMES)}")
-    if a.rounds < 2:
-        made.error(f"--rounds must be at least 2, or there is no interval; it is {a.rounds}")
     status = 0
     for name in names:
         T, B = SHAPES[device].get(name, (256, 2))
-        T, B = a.T or T, a.B or B
+        T, B = T if a.T is None else a.T, B if a.B is None else a.B
         config = shaped(name, T)
         if a.kernels:
             config = dataclasses.replace(config, kernels=dataclasses.replace(config.kernels, default=a.kernels))

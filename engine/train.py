@@ -305,6 +305,7 @@ class Loop:
     out: pathlib.Path
     log: metrics.MetricsFile | None
     board: Any
+    last: Progress | None = None  # what was shown last
 
     def run(self, step: int) -> Outcome:
         c, t, world, device = self.config, self.config.train, self.world, self.world.device
@@ -383,6 +384,7 @@ class Loop:
             matmul_fraction=speed * flops / (rate * self.world.size),
             eta_s=left * self.config.batch_tokens / speed if speed > 0 else math.nan,
         )  # fmt: skip
+        self.last = progress
         self.reporter.progress(progress)
         values = {k: v for k, v in dataclasses.asdict(progress).items() if not (isinstance(v, float) and math.isnan(v))}
         values.pop("val_loss", None)
@@ -448,6 +450,8 @@ class Loop:
             message = f"stopped at step {step} of {c.train.steps}; saved {path}; the same command continues from there"
             return Outcome("interrupted", self.out, path, step, val.get("val_loss", math.nan), messages=[message])
         val = self._evaluate(step, 0 if c.run.require_bigram else c.train.eval_tokens)
+        if self.last is not None:  # the line that is left standing shows the model that is left, not the one before
+            self.reporter.progress(dataclasses.replace(self.last, val_loss=val["val_loss"]))
         sample = self._sample(step)
         outcome = Outcome("done", self.out, path, step, val["val_loss"], {"model": val["bits_per_byte"]}, sample)
         if c.run.require_bigram:

@@ -141,7 +141,13 @@ def test_kernels_that_cannot_be_had_end_it_with_the_reason(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["fwe"], "no preset 'fwe'; presets: few"),
+        (["fwe"], "no preset 'fwe'; the nearest are few, "),
+        (["few", "--roundz", "3"], "no flag '--roundz'; the nearest are --rounds, "),
+        (["few", "--T", "0"], "--T must be at least 1; it is 0"),
+        (["few", "--B", "-2"], "--B must be at least 1; it is -2"),
+        (["few", "--screening-steps", "-1"], "--screening-steps must be at least 0; it is -1"),
+        (["few", "--seed", "-1"], "--seed must be from 0 to 9223372036854775807; it is -1"),
+        (["few", "--seed", "9223372036854775808"], "it is 9223372036854775808"),
         (["few", "--peers", "jax"], "no peer 'jax'"),
         (["few", "--rounds", "1"], "at least 2"),
     ],

@@ -320,6 +320,19 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(data, tm
     assert outcome.step == 8 and losses(tmp_path) == reference
 
 
+def test_the_last_line_shows_the_loss_of_the_model_that_is_left(data, tmp_path):
+    shown = []
+
+    class Listening(Reporter):
+        def progress(self, p):
+            shown.append(p)
+
+    outcome = train.main(config_for(data, tmp_path, train_steps=4, train_eval_every=2), Listening(quiet=True))
+    assert (shown[-1].step, shown[-1].val_loss) == (4, outcome.val_loss)
+    before = next(p.val_loss for p in shown if p.step == 4)
+    assert before != outcome.val_loss  # or this test would show nothing
+
+
 def test_another_model_cannot_continue_and_nothing_is_lost(data, tmp_path):
     train.main(config_for(data, tmp_path, train_steps=2), Reporter(quiet=True))
     before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
