@@ -235,6 +235,8 @@ class KernelsConfig:
     """Backend of cross_entropy; empty: default."""
     linear_cross_entropy: str = ""
     """Backend of linear_cross_entropy; empty: default."""
+    global_norm: str = ""
+    """Backend of global_norm; empty: default."""
     adamw: str = ""
     """Backend of adamw; empty: default."""
     override: tuple[str, ...] = ()

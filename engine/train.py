@@ -118,6 +118,30 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
     return Engine(config, model, optimizer, loss, table, dtype, world, compiled)
 
 
+def check_kernels(config: Config, device: torch.device) -> None:
+    """KernelError when a kernel choice cannot be met: said before the data is prepared, which may take hours.
+
+    Asks about a model without memory. Where its vocabulary is not known yet, a choice must fail for a small and for a
+    large one: ``build`` asks again with the right one.
+    """
+    vocabularies = [config.model.vocab_size] if config.model.vocab_size else [50257, 257]
+    dtype = precision.resolve(config.train.precision, device)
+    failures = []
+    for vocab_size in vocabularies:
+        with torch.device("meta"):
+            model = GPT(dataclasses.replace(config.model, vocab_size=vocab_size), documents=config.data.documents)
+            optimizer = AdamW(model, config.optim, precision.to_compute_dtype(model, dtype))
+        try:
+            op.bind(
+                [model, optimizer], config.kernels.choices(), machine=Machine.here(device), dtype=dtype,
+                compiled=should_compile(config, device)[0], deterministic=is_deterministic(config, device),
+            )  # fmt: skip
+            return
+        except op.KernelError as error:
+            failures.append(error)
+    raise failures[0]
+
+
 def is_deterministic(config: Config, device: torch.device) -> bool:
     return config.train.deterministic == "true" or (config.train.deterministic == "auto" and device.type == "cpu")
 
@@ -239,6 +263,7 @@ def _prepare_and_run(config: Config, out: pathlib.Path, world: World, reporter: 
     from tritium.engine.tasks.pretraining import Pretraining
 
     found = _to_resume(config, out, world, reporter)
+    check_kernels(config, world.device)
     reporter.status("preparing the data")
     data = prepared(config, world, reporter)
     task = Pretraining(config, data)

@@ -31,6 +31,7 @@ from tritium.engine.data.prepare import prepare
 from tritium.engine.metrics import read_metrics
 from tritium.engine.parallel import World
 from tritium.engine.report import Reporter
+from tritium.kernels.op import KernelError
 
 RUN = "import sys, pathlib; from tritium.engine import train; from tritium.engine.config import Config; " \
       "train.main(Config.from_json(pathlib.Path(sys.argv[1]).read_text()))"  # fmt: skip
@@ -318,6 +319,15 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(data, tm
     assert any("damaged" in s and "step_00000008" in s for s in said)
     assert any("resumed from" in s and "step_00000004" in s for s in said)
     assert outcome.step == 8 and losses(tmp_path) == reference
+
+
+def test_a_kernel_that_cannot_be_had_is_said_before_the_data_is_prepared(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "prepared", lambda *a: pytest.fail("the data was prepared first"))
+    config = config_for(data, tmp_path / "run")
+    config = dataclasses.replace(config, kernels=dataclasses.replace(config.kernels, attention="triton"))
+    with pytest.raises(KernelError, match="Triton compiles for GPUs"):
+        train.main(config, Reporter(quiet=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_last_line_shows_the_loss_of_the_model_that_is_left(data, tmp_path):
