@@ -124,6 +124,13 @@ def _tuple(value: Any) -> tuple[Tensor, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
+def kinds(op: Op) -> tuple[str, ...]:
+    """What is timed of an op."""
+    if op.updates:
+        return ("update",)
+    return ("forward", "forward+backward") if op.has_gradient else ("forward",)
+
+
 def work(op: Op, case: Case, dtype: torch.dtype, what: str) -> tuple[int, int]:
     """(FLOPs, bytes) of an ideal kernel: forward or update, or with the backward added."""
     flops, moved = op.cases.flops(case), op.cases.bytes(case, dtype)
@@ -162,7 +169,7 @@ def bench_case(
     A backend for which the device's memory does not suffice is left out, and ``refused`` says so.
     """
     inputs = [op.cases.inputs(case, dtype, request.device, seed) for seed in (0, 1)]
-    for what in ("update",) if op.updates else ("forward", "forward+backward"):
+    for what in kinds(op):
         arms: dict[str, timing.Arm] = {}
         named: dict[str, tuple[Backend, bool]] = {}
         for backend, compiled in backends:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tritium.benchmarks.kernels import CPU_GFLOP, Gate, call_of
+from tritium.benchmarks.kernels import CPU_GFLOP, Gate, call_of, kinds
 from tritium.kernels import contract
 from tritium.kernels.case import Case
 from tritium.kernels.op import KernelError, Op
@@ -33,7 +33,7 @@ def runnable() -> Iterator[Any]:
                 except KernelError as error:
                     reason = str(error)
                 if reason is None:
-                    for what in ("update",) if op.updates else ("forward", "forward+backward"):
+                    for what in kinds(op):
                         yield pytest.param(op, name, case, what, id=f"{op.name}-{name}-{case}-{what}")
 
 

@@ -96,6 +96,10 @@ def differentiable(
         stash(ctx, inputs, output)
 
     def op_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if backward_fuses and any(g is not None for g in grads[outputs:]):
+            raise RuntimeError(
+                f"{name}: a gradient of its gradient was asked for, and it has none (it works once); choose reference"
+            )
         run = backward if backward_fuses else backward_op
         return place(ctx, run(*unstash(ctx, grads[:outputs])))
 

@@ -61,10 +61,12 @@ class Backend:
 
 
 class Op:
-    """One op. ``updates`` names the arguments it mutates; such an op has no autograd (the optimizer's)."""
+    """One op. ``updates`` names the arguments it mutates; such an op has no autograd (the optimizer's).
+    ``has_gradient`` is False for it, and for a function that nobody differentiates.
+    """
 
-    def __init__(self, name: str, *, updates: Sequence[str] = ()):
-        self.name, self.updates = name, tuple(updates)
+    def __init__(self, name: str, *, updates: Sequence[str] = (), has_gradient: bool = True):
+        self.name, self.updates, self.has_gradient = name, tuple(updates), has_gradient and not updates
         self.package = f"tritium.kernels.{name}"
         self.folder = _FOLDER / name
         self._loaded: dict[str, Backend] = {}

@@ -14,7 +14,7 @@ swiglu = Op("swiglu")
 relu2 = Op("relu2")
 cross_entropy = Op("cross_entropy")
 linear_cross_entropy = Op("linear_cross_entropy")
-global_norm = Op("global_norm")
+global_norm = Op("global_norm", has_gradient=False)
 adamw = Op("adamw", updates=("params", "copies", "exp_avgs", "exp_avg_sqs"))
 
 OPS = {value.name: value for value in list(vars().values()) if isinstance(value, Op)}

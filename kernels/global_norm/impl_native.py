@@ -47,7 +47,7 @@ _registered.register_fake(lambda tensors: torch.empty((), dtype=torch.float32))
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
     """Any number of fp32 or bf16 tensors on the CPU → the norm over all their elements, () fp32."""
-    return _launch(tensors) if bypass(tensors) else _registered(tensors)
+    return _launch(tensors) if bypass(tensors) else _registered([t.detach() for t in tensors])
 
 
 def unsupported(site: Site) -> str | None:

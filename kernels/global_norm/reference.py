@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
-    """Any number of tensors of any shape, fp32 or half precision, on one device → the norm, () fp32; 0 for none."""
+    """Any number of tensors of any shape on one device → the norm, () fp32 (of fp64, fp64);
+    0 for none.
+    """
     if not tensors:
         return torch.zeros(())
     wide = torch.promote_types(tensors[0].dtype, torch.float32)

@@ -71,6 +71,13 @@ def test_rates_are_the_ideal_work_over_the_measured_time(monkeypatch):
         assert (row.over_reference is None) == (row.backend == "reference")
 
 
+def test_of_a_function_without_a_gradient_the_forward_alone_is_timed():
+    op = OPS["global_norm"]
+    request = kernels.Request([op], "cpu", [torch.float32], ["reference"], pattern="odd", rounds=2, inner=1)
+    rows = list(kernels.bench_ops(request, kernels.Gate("cpu"), timing.WallClock(), []))
+    assert [(row.backend, row.what) for row in rows] == [("reference", "forward")]
+
+
 def test_an_unknown_op_or_dtype_is_named(capsys):
     for arguments, said in (
         (["geglu"], "no op geglu; ops: linear"),

@@ -409,3 +409,22 @@ def test_global_norm_does_not_overflow_where_its_result_does_not():
 def test_global_norm_refuses_other_dtypes():
     with pytest.raises(TypeError, match=r"tensors\[1\] is torch.float64 .*choose reference"):
         global_norm([random(2), random(2).double()])
+
+
+def test_global_norm_compiles_on_parameters():
+    tensors = [random(5).requires_grad_(), random(3, 2, seed=1).requires_grad_()]
+    compiled = torch.compile(global_norm, backend="aot_eager", fullgraph=True)
+    assert compiled(tensors).item() == pytest.approx(global_norm(tensors).item(), rel=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what is traced instead of called
+
+
+def test_a_gradient_of_the_heads_gradient_is_refused():
+    x, weight = random(4, 8).requires_grad_(), random(16, 8, seed=1).requires_grad_()
+    targets = torch.tensor([0, 3, 5, 15])
+    with FlopCounterMode(display=False):  # the registered op
+        (grad,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets, 16), weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="a gradient of its gradient was asked for"):
+            grad.sum().backward()
