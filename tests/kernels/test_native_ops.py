@@ -375,7 +375,7 @@ def test_adamw_refuses_what_it_would_misread(change, error, message):
 
 
 def test_global_norm_mixes_dtypes_and_layouts():
-    tensors = [random(3, 4), random(7, seed=1).bfloat16(), random(50, 60, seed=2).t(), random(70_003, seed=3)]
+    tensors = [random(3, 4), random(7, seed=1).bfloat16(), random(50, 60, seed=2).t()[::2], random(70_003, seed=3)]
     flat = torch.cat([t.double().flatten() for t in tensors])
     assert global_norm(tensors).item() == pytest.approx(flat.norm().item(), rel=1e-7)
 
