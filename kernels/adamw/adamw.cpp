@@ -2,6 +2,7 @@
 // element with bf16 gradients and copies (read p, m, v, g; write p, m, v, copy), which is the bound.
 #include <cmath>
 
+#include "chunks.h"
 #include "vector.h"
 
 namespace {
@@ -52,20 +53,10 @@ TRITIUM_EXPORT(void, adamw)(int64_t tensors, int has_copies, const int64_t* size
                (float)(rate / (1.0 - std::pow(beta1, t))),
                (float)(1.0 / std::sqrt(1.0 - std::pow(beta2, t))),
                *grad_scale};
-  int64_t chunks = 0;  // first_chunk (tensors + 1): tensor k owns chunks [first_chunk[k], first_chunk[k + 1])
-  for (int64_t k = 0; k < tensors; ++k) {
-    first_chunk[k] = chunks;
-    chunks += (sizes[k] + CHUNK - 1) / CHUNK;
-  }
-  first_chunk[tensors] = chunks;
+  const int64_t chunks = cut(tensors, sizes, CHUNK, first_chunk);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (chunks > 1)
   for (int64_t c = 0; c < chunks; ++c) {
-    int64_t low = 0, high = tensors;  // the last tensor whose first chunk is ≤ c; empty tensors own none
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (first_chunk[middle] <= c ? low : high) = middle;
-    }
-    const int64_t k = low, at = (c - first_chunk[k]) * CHUNK, left = sizes[k] - at, n = left < CHUNK ? left : CHUNK;
+    const auto [k, at, n] = piece(c, tensors, sizes, CHUNK, first_chunk);
     void* copy = has_copies ? copies[k] : nullptr;
 #define RUN(G, S)                                                                                   \
   update(params[k] + at, copy ? (S*)copy + at : nullptr, (const G*)grads[k] + at, exp_avgs[k] + at, \

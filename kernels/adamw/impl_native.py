@@ -41,18 +41,6 @@ def _check(what: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtype
             )
 
 
-def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
-
-
-def _addresses(tensors: Sequence[Tensor]) -> array:
-    return array("q", [t.data_ptr() for t in tensors])
-
-
-def _codes(tensors: Sequence[Tensor]) -> array:
-    return array("i", [native.DTYPES[t.dtype] for t in tensors])
-
-
 def _launch(
     params: list[Tensor],
     copies: list[Tensor],
@@ -74,11 +62,10 @@ def _launch(
     if copies:
         _check("copies", copies, params, tuple(native.DTYPES))
     written = (params, copies, exp_avgs, exp_avg_sqs)
-    p, s, m, v = dense = [_dense(tensors) for tensors in written]
-    g = _dense(grads)
-    sizes = array("q", [t.numel() for t in p])
+    p, s, m, v = dense = [*map(native.dense, written)]
+    g = native.dense(grads)
     first_chunk = array("q", bytes(8 * (len(p) + 1)))  # scratch
-    tables = [sizes, *map(_addresses, (p, s, g, m, v)), _codes(s), _codes(g)]
+    tables = [native.sizes(p), *map(native.addresses, (p, s, g, m, v)), native.codes(s), native.codes(g)]
     scalars = [t.to("cpu", torch.float32) for t in (lr, step, grad_scale, skip)]
     _step(
         *(len(p), bool(copies), *(table.buffer_info()[0] for table in tables)),

@@ -15,7 +15,7 @@ from tritium.kernels.site import Site
 
 DETERMINISTIC = True  # whatever the number of threads
 
-_chunks = native.Function("global_norm_chunks", "lp", "l")
+_chunks = native.Function("global_norm_chunks", "lpp", "l")
 _norm = native.Function("global_norm", "lppp ppp i")
 
 
@@ -27,14 +27,11 @@ def _launch(tensors: list[Tensor]) -> Tensor:
                 f"global_norm native needs {names} on the CPU; tensors[{i}] is {tensor.dtype} on {tensor.device}; "
                 "choose reference"
             )
-    dense = [t if t.is_contiguous() else t.contiguous() for t in tensors]
-    sizes = array("q", [t.numel() for t in dense])
-    addresses = array("q", [t.data_ptr() for t in dense])
-    dtypes = array("i", [native.DTYPES[t.dtype] for t in dense])
-    first_chunk = array("q", bytes(8 * (len(dense) + 1)))
-    sums = array("d", bytes(8 * _chunks(len(dense), sizes.buffer_info()[0])))
+    dense = native.dense(tensors)
+    sizes, first_chunk = native.sizes(dense), array("q", bytes(8 * (len(dense) + 1)))
+    chunks = _chunks(len(dense), sizes.buffer_info()[0], first_chunk.buffer_info()[0])
+    tables = (sizes, native.addresses(dense), native.codes(dense), first_chunk, array("d", bytes(8 * chunks)))
     result = torch.empty((), dtype=torch.float32)
-    tables = (sizes, addresses, dtypes, first_chunk, sums)
     _norm(
         len(dense), *(table.buffer_info()[0] for table in tables), result.data_ptr(), torch.get_num_threads()
     )  # fmt: skip

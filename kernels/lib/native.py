@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import math
 import pathlib
+from array import array
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tritium.kernels.site import Site
 
-ABI = 4  # TRITIUM_ABI of csrc/tritium.h
+ABI = 5  # TRITIUM_ABI of csrc/tritium.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the codes of csrc/tritium.h
 LIBRARY = pathlib.Path(__file__).parents[1] / "_native.so"
 REASON = LIBRARY.with_name("_native_missing.txt")  # written by setup.py where the library could not be built
@@ -112,6 +113,26 @@ class Function:
         function.restype = types[self.result] if self.result else None
         self._found[isa] = function
         return function
+
+
+def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each as it is where contiguous, else a copy."""
+    return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+# tables for functions that take lists of tensors; pass ``table.buffer_info()[0]`` and keep the table alive
+
+
+def sizes(tensors: Sequence[Tensor]) -> array[int]:
+    return array("q", [t.numel() for t in tensors])
+
+
+def addresses(tensors: Sequence[Tensor]) -> array[int]:
+    return array("q", [t.data_ptr() for t in tensors])
+
+
+def codes(tensors: Sequence[Tensor]) -> array[int]:
+    return array("i", [DTYPES[t.dtype] for t in tensors])
 
 
 def rows(x: Tensor) -> Tensor:
