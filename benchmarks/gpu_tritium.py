@@ -5,7 +5,6 @@ choice.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import gc
 from collections.abc import Iterator
 from functools import partial
@@ -75,7 +74,7 @@ def training_by_kernels(bench: Bench) -> None:
     """
     config, B, T = shape_of(bench, "gpt2_124m")
     if bench.tiny:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile="false"))
+        config = config.replace(train={"compile": "false"})
     resolved = resolve("auto", torch.device(bench.device))  # as ours
     precision = "bf16" if resolved == torch.bfloat16 else "fp32"
     batches = peers.batches(config.model, B, T, 4, bench.device)
@@ -93,7 +92,7 @@ def training_by_kernels(bench: Bench) -> None:
         add("plain PyTorch", textbook.build(config.model, variant, bench.device, config.optim))
     for choice in CHOICES:
         with bench.lines.attempt(f"tritium --kernels={choice}"):
-            chosen = dataclasses.replace(config, kernels=dataclasses.replace(config.kernels, default=choice))
+            chosen = config.replace(kernels={"default": choice})
             training = ours.build(chosen, bench.device, B)
             bench.lines.write(f"tritium --kernels={choice}", _chosen(training), "kernels")
             add(f"tritium --kernels={choice}", training)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import json
 import pathlib
 import re
@@ -29,6 +28,7 @@ from tritium.benchmarks.arm import OURS, ArmError, ArmProcess
 from tritium.engine import allocator, presets
 from tritium.engine.config import Config
 from tritium.engine.metrics import flops_per_token
+from tritium.kernels.op import nearest
 
 RESULTS = record.ROOT / "benchmarks" / "results" if record.IN_SOURCE_TREE else pathlib.Path("benchmark-results")
 SHAPES = {
@@ -358,16 +358,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    return ", ".join(difflib.get_close_matches(word, known, 3, cutoff=0.0))
-
-
 def _check(made: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     """Exit with status 2 where the command line cannot be meant, before anything is built."""
     for name in a.presets:
         if name not in presets.names():
             made.error(
-                f"there is no preset {name!r}; the nearest are {_nearest(name, presets.names())}. "
+                f"there is no preset {name!r}; the nearest are {nearest(name, presets.names())}. "
                 f"All: {', '.join(presets.names())}"
             )
     for name in a.peers.split(","):
@@ -389,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     a, unknown = made.parse_known_args(argv)
     if unknown:
         flags = [flag for action in made._actions for flag in action.option_strings]
-        made.error(f"there is no flag {unknown[0]!r}; the nearest are {_nearest(unknown[0], flags)}")
+        made.error(f"there is no flag {unknown[0]!r}; the nearest are {nearest(unknown[0], flags)}")
     _check(made, a)
     device = a.device
     if device == "auto":
@@ -403,9 +399,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         T, B = T if a.T is None else a.T, B if a.B is None else a.B
         config = shaped(name, T)
         if a.kernels:
-            config = dataclasses.replace(config, kernels=dataclasses.replace(config.kernels, default=a.kernels))
+            config = config.replace(kernels={"default": a.kernels})
         if a.precision:
-            config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=a.precision))
+            config = config.replace(train={"precision": a.precision})
         command = shlex.join(["tritium", "bench", *argv])
         try:
             result = bench_train(

@@ -457,7 +457,7 @@ def _start(name: str) -> Config:
         )
     config = _stored(folder)
     resume = "auto" if config.run.resume == "never" else config.run.resume
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(folder), resume=resume))
+    return config.replace(run={"out": str(folder), "resume": resume})
 
 
 def _stored(folder: pathlib.Path) -> Config:
@@ -916,7 +916,7 @@ def _kernels(argv: list[str]) -> int:
     _find_modules_here([options.kernels])
     import torch
 
-    from tritium.engine.train import should_compile
+    from tritium.engine.train import on_meta, should_compile
     from tritium.kernels import op as contract
     from tritium.kernels.lib import native
     from tritium.kernels.ops import OPS
@@ -951,7 +951,7 @@ def _kernels(argv: list[str]) -> int:
     )
     print(f"native    {native.missing() or 'loaded: ' + ', '.join(native.isas())}\n")
 
-    holders = _on_meta(config, dtype)
+    holders = on_meta(config.replace(model={"vocab_size": config.model.vocab_size or 50257}), dtype)
     sites: dict[str, Any] = {}
     for path, call in contract.call_sites(holders):
         sites.setdefault(call.op.name, call.site(machine, path, options.phase, dtype, compiled=compiled))
@@ -1002,20 +1002,6 @@ def _dtype(precision: str, machine: Any) -> Any:
     if precision == "auto" and machine.device == "cuda":
         return torch.bfloat16 if machine.capability >= 80 else torch.float32
     return resolve(precision, torch.device(machine.device))
-
-
-def _on_meta(config: Config, dtype: Any) -> list[Any]:
-    """Model and optimizer of ``config`` without memory, to look at their call sites."""
-    import torch
-
-    from tritium.engine.model import GPT
-    from tritium.engine.optim import AdamW
-    from tritium.engine.precision import to_compute_dtype
-
-    with torch.device("meta"):
-        vocabulary = config.model.vocab_size or 50257
-        model = GPT(dataclasses.replace(config.model, vocab_size=vocabulary), documents=config.data.documents)
-        return [model, AdamW(model, config.optim, to_compute_dtype(model, dtype))]
 
 
 def _check_kernels(argv: list[str]) -> int:

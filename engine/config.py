@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -336,6 +337,11 @@ class Config:
         found = self.problems(world_size)
         if found:
             raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in found))
+
+    def replace(self, **sections: Mapping[str, Any]) -> Config:
+        """With other values in some sections: ``config.replace(train={"steps": 3}, kernels={"default": "native"})``."""
+        changed = {name: dataclasses.replace(getattr(self, name), **values) for name, values in sections.items()}
+        return dataclasses.replace(self, **changed)
 
     def to_json(self) -> str:
         """The resolved configuration; ``Config.from_json`` is its inverse."""

@@ -14,7 +14,7 @@ import signal
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,10 +92,7 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
     masters = precision.to_compute_dtype(model, dtype)
     optimizer = AdamW(model, config.optim, masters)
     compiled = should_compile(config, device)[0] if compile is None else compile
-    table = op.bind(
-        [model, optimizer], config.kernels.choices(), machine=Machine.here(device), dtype=dtype, compiled=compiled,
-        deterministic=is_deterministic(config, device),
-    )  # fmt: skip
+    table = _bind([model, optimizer], config, device, dtype, compiled)
     accumulates = (
         config.train.batch_rows > config.train.micro_rows
     )  # over micro-batches or processes: sum gradients in fp32
@@ -124,22 +121,32 @@ def check_kernels(config: Config, device: torch.device) -> None:
     Asks about a model without memory. Where its vocabulary is not known yet, a choice must fail for a small and for a
     large one: ``build`` asks again with the right one.
     """
-    vocabularies = [config.model.vocab_size] if config.model.vocab_size else [50257, 257]
     dtype = precision.resolve(config.train.precision, device)
     failures = []
-    for vocab_size in vocabularies:
-        with torch.device("meta"):
-            model = GPT(dataclasses.replace(config.model, vocab_size=vocab_size), documents=config.data.documents)
-            optimizer = AdamW(model, config.optim, precision.to_compute_dtype(model, dtype))
+    for vocab_size in [config.model.vocab_size] if config.model.vocab_size else [50257, 257]:
+        holders = on_meta(config.replace(model={"vocab_size": vocab_size}), dtype)
         try:
-            op.bind(
-                [model, optimizer], config.kernels.choices(), machine=Machine.here(device), dtype=dtype,
-                compiled=should_compile(config, device)[0], deterministic=is_deterministic(config, device),
-            )  # fmt: skip
+            _bind(holders, config, device, dtype, should_compile(config, device)[0])
             return
         except op.KernelError as error:
             failures.append(error)
     raise failures[0]
+
+
+def on_meta(config: Config, dtype: torch.dtype) -> list[Any]:
+    """Model and optimizer of ``config`` (whose vocab_size is set) without memory, to look at their call sites."""
+    with torch.device("meta"):
+        model = GPT(config.model, documents=config.data.documents)
+        return [model, AdamW(model, config.optim, precision.to_compute_dtype(model, dtype))]
+
+
+def _bind(
+    holders: Sequence[Any], config: Config, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> list[op.Row]:
+    return op.bind(
+        holders, config.kernels.choices(), machine=Machine.here(device), dtype=dtype, compiled=compiled,
+        deterministic=is_deterministic(config, device),
+    )  # fmt: skip
 
 
 def is_deterministic(config: Config, device: torch.device) -> bool:
@@ -521,7 +528,7 @@ def prepared(config: Config, world: World, reporter: Reporter) -> pathlib.Path:
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
     """The model's vocabulary from the tokenizer when left 0; ConfigError when the data's ids would not fit."""
     if config.model.vocab_size == 0:
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+        return config.replace(model={"vocab_size": vocab_size})
     if config.model.vocab_size < vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the data's tokenizer, which has {vocab_size} "

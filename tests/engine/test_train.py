@@ -144,9 +144,7 @@ def config_for(data, out, **changes) -> Config:
     )  # fmt: skip
     for key, value in changes.items():
         section, _, field = key.partition("_")
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
-        )
+        config = config.replace(**{section: {field: value}})
     return config
 
 
@@ -324,7 +322,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(data, tm
 def test_a_kernel_that_cannot_be_had_is_said_before_the_data_is_prepared(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "prepared", lambda *a: pytest.fail("the data was prepared first"))
     config = config_for(data, tmp_path / "run")
-    config = dataclasses.replace(config, kernels=dataclasses.replace(config.kernels, attention="triton"))
+    config = config.replace(kernels={"attention": "triton"})
     with pytest.raises(KernelError, match="Triton compiles for GPUs"):
         train.main(config, Reporter(quiet=True))
     assert not (tmp_path / "run").exists()

@@ -42,9 +42,7 @@ def config_for(data="", out="", **changes) -> Config:
     )  # fmt: skip
     for key, value in changes.items():
         section, _, field = key.partition("_")
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
-        )
+        config = config.replace(**{section: {field: value}})
     return config
 
 

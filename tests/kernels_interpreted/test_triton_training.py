@@ -174,7 +174,7 @@ def test_what_the_interpreter_cannot_compute_is_refused(monkeypatch):
     """The tests mend its bf16; a user has the interpreter as it is."""
     monkeypatch.setattr(triton_launch, "INTERPRETED_BF16", False)
     config = config_of("gpt2", default="triton")
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))
+    config = config.replace(train={"precision": "bf16"})
     with pytest.raises(KernelError, match="interpreter computes bfloat16 wrongly; use float32") as error:
         train.build(config)
     assert str(error.value).count("was chosen and cannot serve") == 3  # attention, layer_norm, linear_cross_entropy
@@ -184,7 +184,7 @@ def test_what_the_interpreter_cannot_compute_is_refused(monkeypatch):
 
 def test_nothing_is_compiled_unless_it_is_insisted_on(monkeypatch):
     cpu, config = torch.device("cpu"), config_of("gpt2")
-    insisting = dataclasses.replace(config, train=dataclasses.replace(config.train, compile="true"))
+    insisting = config.replace(train={"compile": "true"})
     assert train.should_compile(config, cpu)[0] is False
     assert train.should_compile(insisting, cpu) == (True, None)
     assert precision.resolve("auto", cpu) == torch.float32
