@@ -48,7 +48,7 @@ class GPTConfig:
     """Normalisation in front of attention, MLP and head."""
     norm_eps: float = 1e-5
     """Added to the variance."""
-    activation: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    activation: Literal["gelu", "swiglu", "geglu", "relu2"] = "gelu"
     """The MLP's activation (gelu is the tanh approximation, as GPT-2)."""
     bias: bool = True
     """Biases in linear layers and LayerNorm."""
@@ -85,7 +85,7 @@ class GPTConfig:
     def hidden_width(self) -> int:
         if self.mlp_width:
             return self.mlp_width
-        return -(-(8 * self.n_embd // 3) // 64) * 64 if self.activation == "swiglu" else 4 * self.n_embd
+        return -(-(8 * self.n_embd // 3) // 64) * 64 if self.activation in ("swiglu", "geglu") else 4 * self.n_embd
 
     def problems(self) -> list[str]:
         found = []
@@ -224,12 +224,16 @@ class KernelsConfig:
     """Backend of rms_norm; empty: default."""
     add_layer_norm: str = ""
     """Backend of add_layer_norm; empty: default."""
+    add_rms_norm: str = ""
+    """Backend of add_rms_norm; empty: default."""
     rope: str = ""
     """Backend of rope; empty: default."""
     gelu: str = ""
     """Backend of gelu; empty: default."""
     swiglu: str = ""
     """Backend of swiglu; empty: default."""
+    geglu: str = ""
+    """Backend of geglu; empty: default."""
     relu2: str = ""
     """Backend of relu2; empty: default."""
     cross_entropy: str = ""

@@ -17,7 +17,7 @@ from tritium.engine.config import GPTConfig
 def matmul_parameters(config: GPTConfig) -> int:
     """Weights that multiply every token: all linear layers and the (padded) head; embeddings are look-ups."""
     C, D, H, G, F = config.n_embd, config.head_width, config.n_head, config.kv_heads, config.hidden_width
-    mlp = (3 if config.activation == "swiglu" else 2) * C * F
+    mlp = (3 if config.activation in ("swiglu", "geglu") else 2) * C * F
     return config.n_layer * (C * D * (H + 2 * G) + C * H * D + mlp) + C * config.padded_vocab_size
 
 

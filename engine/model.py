@@ -118,12 +118,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """C → F → C; swiglu's gate and value come from one projection."""
+    """C → F → C; a gated activation's gate and value come from one projection."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         C, F = config.n_embd, config.hidden_width
-        self.gated = config.activation == "swiglu"
+        self.gated = config.activation in ("swiglu", "geglu")
         self.up = Linear(C, 2 * F if self.gated else F, config.bias)
         self.activation = CallSite(ops.OPS[config.activation], shape={"F": F})
         self.down = Linear(F, C, config.bias)

@@ -24,7 +24,10 @@ from tritium.kernels import ops
 from tritium.kernels.autograd import NAMESPACE
 
 POLICIES = ("none", "full", "selective")
-KEEPABLE = ("attention", "linear", "layer_norm", "rms_norm", "add_layer_norm", "rope", "gelu", "swiglu", "relu2")
+KEEPABLE = (
+    "attention", "linear", "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "rope", "gelu", "swiglu",
+    "geglu", "relu2",
+)  # fmt: skip
 
 # what torch's own kernels are called below the call site
 _TORCH = {

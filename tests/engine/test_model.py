@@ -247,7 +247,7 @@ def test_qk_norm_forgets_the_scale_of_queries_and_keys():
     assert (plain(ids) - first).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu", "relu2"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu", "geglu", "relu2"])
 def test_mlp_formula(activation):
     mlp = build(activation=activation, bias=False, mlp_width=24).blocks[0].mlp
     x = torch.randn(5, 32)
@@ -255,6 +255,8 @@ def test_mlp_formula(activation):
     if activation == "swiglu":
         gate, value = x @ up[:, :24], x @ up[:, 24:]
         hidden = gate * torch.sigmoid(gate) * value
+    elif activation == "geglu":
+        hidden = torch.nn.functional.gelu(x @ up[:, :24], approximate="tanh") * (x @ up[:, 24:])
     else:
         hidden = x @ up
         if activation == "relu2":

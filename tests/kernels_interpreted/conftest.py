@@ -29,6 +29,7 @@ def _load(name: str):
 
 
 _load("interpreter_bf16").install()
+_load("mutation")
 
 
 def patch_the_language_once_per_launch() -> None:

@@ -1,0 +1,34 @@
+"""Planted faults in the losses kernels."""
+
+import pytest
+from mutation import Mutant, assert_green, assert_red
+
+MUTANTS = [
+    Mutant("cross_entropy", "padding in lse", "mask = full + columns < V", "mask = full + columns < V + 1", "padded"),
+    Mutant("cross_entropy", "last tile dropped", "if full < V:", "if full > V:", "several_tiles"),
+    Mutant("cross_entropy", "sum not rescaled", "sums * tl.exp2((top - new_top) * LOG2E)", "sums", "several_tiles"),
+    Mutant("cross_entropy", "ignored rows counted", "if target == ignore_index:", "if target == V + 7:",
+           "ignore_index_in_range"),
+    Mutant("cross_entropy", "padding's gradient not zero", "tl.where(real, dz, 0.0)", "tl.where(real, dz, 1e-3)",
+           "padded"),
+    Mutant("cross_entropy", "z_loss not differentiated", "(1 + 2 * z_loss * lse)", "(1 + z_loss * lse)", "z_loss"),
+    Mutant("cross_entropy", "smoothing over the padding", "dloss * smoothing / V", "dloss * smoothing / Vp",
+           "smoothing"),
+    Mutant("cross_entropy", "gradient times 1.02", "scale = dloss *", "scale = 1.02 * dloss *", "odd"),
+    Mutant("cross_entropy", "softcap not differentiated", "dz *= 1 -", "dz *= 1 - 0 *", "softcap"),
+    Mutant("linear_cross_entropy", "gradient of weight not accumulated", "if add:", "if False:", "chunks"),
+    Mutant("linear_cross_entropy", "last chunk dropped", "in range(0, N, n):", "in range(0, N // n * n, n):", "chunks"),
+    Mutant("linear_cross_entropy", "upstream gradient forgotten", "x * tl.load(FACTOR).to(tl.float32)", "x", "tiny"),
+    Mutant("linear_cross_entropy", "upstream gradient in bf16", "factor, y, x.numel()",
+           "factor.bfloat16(), y, x.numel()", "tiny"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_turns_the_contract_red(mutant, tmp_path):
+    assert_red(mutant, tmp_path)
+
+
+@pytest.mark.parametrize("mutant", {m.case: m for m in MUTANTS}.values(), ids=lambda m: m.case)
+def test_without_a_fault_these_cases_pass(mutant):
+    assert_green(mutant)
