@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NAMESPACE = "tritium"
-_PLAIN = (Tensor, torch.nn.Parameter)
+_SIMPLE = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
 
 
 def bypass(args: Sequence[Any]) -> bool:
@@ -23,10 +23,10 @@ def bypass(args: Sequence[Any]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     for arg in args:
-        if isinstance(arg, Tensor):
-            if type(arg) not in _PLAIN:
-                return False
-        elif isinstance(arg, (list, tuple)) and not bypass(arg):
+        kind = type(arg)
+        if kind in _SIMPLE:
+            continue
+        if isinstance(arg, Tensor) or (isinstance(arg, (list, tuple)) and not bypass(arg)):
             return False
     return True
 
@@ -39,7 +39,7 @@ def differentiable(
     fake_forward: Callable[..., tuple[Tensor, ...]],
     fake_backward: Callable[..., tuple[Tensor, ...]],
     save: Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[Any, ...]],
-    gradients: Sequence[int],
+    gradients: Sequence[int | tuple[int, ...]],
     outputs: int = 1,
     flops: Callable[..., int] | None = None,
     flops_backward: Callable[..., int] | None = None,
@@ -50,9 +50,10 @@ def differentiable(
     name: "layer_norm_triton" registers ``tritium::layer_norm_triton`` and ``..._backward``.
     forward(*args) -> results: a tuple; the first ``outputs`` are what the caller gets, the rest (mean, lse, ...) only
         feed backward.
-    save(args, results) -> values: tensors, None or constants that backward needs.
-    backward(*grads_of_outputs, *values) -> one tensor for each entry of ``gradients``, the positions in ``args`` they
-        belong to. A gradient for an argument that was None is dropped, so return an empty tensor for it.
+    save(args, results) -> values that backward needs: tensors and None first, then constants.
+    backward(*grads_of_outputs, *values) -> one tensor for each entry of ``gradients``: the position in ``args`` it
+        belongs to, or a tuple of positions that share it (the two sides of an addition). A gradient that nobody needs
+        (for an argument that was None) is dropped, so return an empty tensor for it.
     forward and backward carry type annotations (they become the schema); no result may alias an argument or another.
     backward_fuses: backward is plain torch that a compiler may see into and fuse with what follows: under compile it is
         traced instead of called as an op of its own.
@@ -63,37 +64,44 @@ def differentiable(
     forward_op.register_fake(fake_forward)
     backward_op = torch.library.custom_op(f"{NAMESPACE}::{name}_backward", backward, mutates_args=())
     backward_op.register_fake(fake_backward)
-    gradients = tuple(gradients)
+    gradients = tuple((position,) if isinstance(position, int) else tuple(position) for position in gradients)
 
-    def stash(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
+    # What follows runs at every eager call, beside kernels of some 10 µs: it is written for few steps.
+    def stash(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Any, ...]:
         values = save(args, results)
-        ctx.save_for_backward(*(v for v in values if isinstance(v, Tensor)))
-        ctx.constants = tuple(None if isinstance(v, Tensor) else (v,) for v in values)  # None marks a tensor's place
-        ctx.absent = tuple(i for i in gradients if args[i] is None)
-        ctx.arity = len(args)
-        ctx.grad_shapes = None
+        count = 0
+        for value in values:
+            if value is not None and not isinstance(value, Tensor):
+                break
+            count += 1
+        ctx.save_for_backward(*values[:count])
+        ctx.constants = values[count:]
         if outputs > 1:  # an output the loss does not use arrives as None: backward then gets zeros
+            ctx.set_materialize_grads(False)
             ctx.grad_shapes = [(r.shape, r.dtype, r.device) for r in results[:outputs]]
+        return ctx.constants
 
     def unstash(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
-        values = [next(saved) if constant is None else constant[0] for constant in ctx.constants]
-        if ctx.grad_shapes is not None:
+        if outputs > 1 and None in grads:
             grads = [
                 torch.zeros(s, dtype=t, device=d) if g is None else g
                 for g, (s, t, d) in zip(grads, ctx.grad_shapes, strict=True)
             ]
-        return (*grads, *values)
+        return (*grads, *ctx.saved_tensors, *ctx.constants)
 
     def place(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        result: list[Tensor | None] = [None] * ctx.arity
-        for position, gradient in zip(gradients, found, strict=True):
-            result[position] = None if position in ctx.absent else gradient
+        needed = ctx.needs_input_grad
+        result: list[Tensor | None] = [None] * len(needed)
+        for positions, gradient in zip(gradients, found, strict=True):
+            for position in positions:
+                if needed[position]:
+                    result[position] = gradient
         return tuple(result)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        stash(ctx, inputs, output)
+        if any(isinstance(value, Tensor) for value in stash(ctx, inputs, output)):
+            raise TypeError(f"{name}: save must return tensors and None first, then constants")
 
     def op_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if backward_fuses and any(g is not None for g in grads[outputs:]):
@@ -105,17 +113,21 @@ def differentiable(
 
     forward_op.register_autograd(op_backward, setup_context=setup_context)
 
+    @once_differentiable  # backward may be plain torch, whose second derivative would miss what forward saved
+    def create_graph(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return place(ctx, backward(*unstash(ctx, grads)))
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            ctx.set_materialize_grads(False)
             results = forward(*args)
             stash(ctx, args, results)
             return results[0] if outputs == 1 else results[:outputs]
 
         @staticmethod
-        @once_differentiable  # backward may be plain torch, whose second derivative would miss what forward saved
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled():
+                return create_graph(ctx, *grads)
             return place(ctx, backward(*unstash(ctx, grads)))
 
     if flops is not None:

@@ -236,6 +236,61 @@ def test_the_gradient_is_not_differentiable_again():
         torch.autograd.grad(dx.sum(), args[0])
 
 
+def add_forward(x: Tensor, y: Tensor) -> tuple[Tensor]:
+    return (x + y,)
+
+
+def add_backward(dy: Tensor) -> tuple[Tensor]:
+    calls.append("add backward")
+    return (2.0 * dy,)
+
+
+add = differentiable(
+    "test_add",
+    forward=add_forward,
+    backward=add_backward,
+    fake_forward=lambda x, y: (torch.empty_like(x),),
+    fake_backward=lambda dy: (torch.empty_like(dy),),
+    save=lambda args, results: (),
+    gradients=((0, 1),),
+)
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "registered"])
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+def test_two_arguments_may_share_one_gradient(way, needed, monkeypatch):
+    function = compiled(add) if way == "compiled" else add
+    if way == "registered":
+        monkeypatch.setattr("tritium.kernels.autograd.bypass", lambda args: False)
+    args = [torch.rand(3).requires_grad_(n) for n in needed]
+    for _ in range(2):  # .grad is added to: what two leaves were given must not be one piece of memory that doubles
+        function(*args).sum().backward()
+    for arg, n in zip(args, needed, strict=True):
+        assert arg.grad is None if not n else torch.equal(arg.grad, torch.full((3,), 4.0))
+
+
+def order_backward(dy: Tensor, power: int, y: Tensor) -> tuple[Tensor]:
+    return (dy * y,)
+
+
+def test_tensors_come_before_constants_in_what_is_saved(monkeypatch):
+    wrong = differentiable(
+        "test_order",
+        forward=exp_forward,
+        backward=order_backward,
+        fake_forward=lambda x: (torch.empty_like(x), torch.empty_like(x)),
+        fake_backward=lambda dy, power, y: (torch.empty_like(y),),
+        save=lambda args, results: (3, results[1]),
+        gradients=(0,),
+    )
+    monkeypatch.setattr("tritium.kernels.autograd.bypass", lambda args: False)
+    with pytest.raises(TypeError, match="tensors and None first"):
+        wrong(torch.rand(3, requires_grad=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ update_op
+
+
 # ------------------------------------------------------------------------------------------------------------ update_op
 
 
