@@ -36,3 +36,43 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a Triton kernel may take when it is compiled ahead of time, in 16 bits. An op's ``cases.py`` may have
+    ``BUDGETS``, a tuple of these; all that match a kernel hold for it.
+
+    kernel, arch, cases: patterns (fnmatch) over the kernel's name, the architecture and the name of the case.
+    registers: at most, a thread. threads: at least, resident on one processor at a time: with fewer, the memory's
+        latency shows. needs: instructions that must be there, of ``tensor core`` (this architecture's own kind),
+        ``tma``, ``wide loads`` and ``wide stores`` (16 bytes a thread).
+    fixed: its tile stands in the launcher, as numbers; every other kernel must be launched with what the module's
+        ``config(...)`` returned.
+    """
+
+    kernel: str
+    registers: int = 255
+    threads: int = 0
+    needs: tuple[str, ...] = ()
+    arch: str = "*"
+    cases: str = "*"
+    fixed: bool = False
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A speed to reach on one H100 SXM in bf16. An op's ``cases.py`` may have ``GOALS``, a tuple of these; the first
+    that matches holds.
+
+    cases: a pattern (fnmatch) over names. what: ``forward``, ``backward``, ``forward+backward`` or ``update``.
+    rate: of cases.flops or cases.bytes, in ``unit``: ``TFLOP/s``, ``TB/s``, ``of copy`` (a fraction of what a device
+    copy reads and writes), or ``of GEMM`` (a fraction of what a large matrix product does).
+    best: the best that is published, and whose it is.
+    """
+
+    cases: str
+    what: str
+    rate: float
+    unit: str
+    best: str = ""

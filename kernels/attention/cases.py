@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tritium.kernels.case import Case
+from tritium.kernels.case import Case, Goal
 
 
 def _case(name: str, B: int, Tq: int, Tk: int, H: int, G: int, D: int, large: bool = False, **options: object) -> Case:
@@ -40,10 +40,33 @@ CASES = (
     _case("documents_full", 1, 24, 24, 2, 2, 16, documents=True, causal=False),
     _case("dropout", 2, 16, 16, 2, 2, 16, dropout=0.3),
     _case("dropout_documents", 1, 30, 30, 4, 2, 16, dropout=0.1, documents=True),
+    *(_case(f"head_{D}", 1, 12, 12, 2, 1, D) for D in (8, 24, 40, 72, 96)),
+    *(_case(f"head_{D}", 1, 9, 9, 1, 1, D) for D in (160, 256)),
+    _case("negative_scale", 2, 14, 14, 4, 2, 16, scale=-0.7),
+    _case("zero_scale", 2, 14, 14, 4, 2, 16, scale=0.0),
+    _case("huge_logits", 1, 20, 20, 2, 2, 16, scale=50.0),  # scores of some hundreds: one key takes nearly all
+    _case("huge_logits_softcap", 1, 20, 20, 2, 2, 16, scale=50.0, softcap=30.0),
+    # every two of the options together; more queries than keys: the first of them see nothing
+    _case("documents_full_negative_window_softcap_dropout_grouped", 1, 19, 19, 4, 2, 8,
+          documents=True, causal=False, scale=-0.4, window=5, softcap=2.0, dropout=0.2),
+    _case("more_keys_zero_softcap_dropout_grouped", 2, 6, 22, 4, 2, 8, scale=0.0, softcap=2.0, dropout=0.2),
+    _case("more_keys_documents_full_zero_window", 2, 7, 25, 2, 2, 8, documents=True, causal=False, scale=0.0, window=5),
+    _case("more_queries_negative_window_grouped", 2, 13, 6, 4, 2, 8, scale=-0.4, window=5),
+    _case("more_queries_documents_softcap_dropout", 2, 12, 7, 2, 2, 8, documents=True, softcap=2.0, dropout=0.2),
+    _case("more_queries_documents_window_softcap", 1, 15, 9, 2, 1, 24, documents=True, softcap=2.0, window=3),
+    _case("more_keys_full_dropout_grouped", 2, 5, 11, 4, 2, 8, causal=False, dropout=0.2),
+    _case("more_keys_negative_softcap", 2, 6, 17, 2, 2, 8, scale=-0.4, softcap=2.0),
+    _case("more_keys_documents", 2, 9, 30, 2, 1, 8, documents=True),
+    _case("window_softcap", 1, 21, 21, 2, 2, 8, window=5, softcap=2.0),
+    _case("more_queries_zero", 1, 9, 4, 2, 2, 8, scale=0.0),
     *(_case(f"{name}_{T // 1024}k", B, T, T, H, G, D, large=True) for name, H, G, D in
       (("gpt2_124m", 12, 12, 64), ("gpt2_1558m", 25, 25, 64), ("llama_8b", 32, 8, 128))
       for B, T in ((16, 1024), (4, 4096), (1, 16384))),
     _case("gpt2_124m_1k_documents", 16, 1024, 1024, 12, 12, 64, large=True, documents=True),
+    # 2048 channels and 16 k tokens, as attention's speeds are published
+    *(_case(f"d64_{T // 1024}k{'' if causal else '_full'}", 16384 // T, T, T, 32, 32, 64, large=True, causal=causal)
+      for T in (1024, 4096, 16384) for causal in (True, False)),
+    *(_case(f"d128_{T // 1024}k", 16384 // T, T, T, 16, 16, 128, large=True) for T in (1024, 2048, 4096, 8192)),
 )  # fmt: skip
 
 
@@ -122,3 +145,32 @@ def bytes_backward(case: Case, dtype: torch.dtype) -> int:
 def _elements(case: Case) -> tuple[int, int]:
     B, Tq, Tk, H, G, D = (case.shape[letter] for letter in ("B", "Tq", "Tk", "H", "G", "D"))
     return B * Tq * H * D, B * Tk * G * D
+
+
+def exponentials(case: Case) -> int:
+    """One per visible pair: a bound of its own where D is small."""
+    return case.shape["H"] * visible(case)
+
+
+def exponentials_backward(case: Case) -> int:
+    """One per visible pair again: the weights are computed anew from the saved lse."""
+    return exponentials(case)
+
+
+GOALS = (
+    Goal("d64_1k", "forward", 310, "TFLOP/s", "291 (Triton)"),
+    Goal("d64_4k", "forward", 430, "TFLOP/s", "420 (FA3)"),
+    Goal("d64_16k", "forward", 485, "TFLOP/s", "473 (FA3)"),
+    Goal("d64_16k_full", "forward", 510, "TFLOP/s", "497 (FA3)"),
+    Goal("d128_1k", "forward", 370, "TFLOP/s", "367 (TLX)"),
+    Goal("d128_2k", "forward", 570, "TFLOP/s", "568 (TLX)"),
+    Goal("d128_4k", "forward", 670, "TFLOP/s", "667 (FA3)"),
+    Goal("d128_8k", "forward", 690, "TFLOP/s", "685 (FA3)"),
+    Goal("d64_1k_full", "backward", 370, "TFLOP/s", "363 (FA3)"),
+    Goal("d64_4k_full", "backward", 460, "TFLOP/s", "453 (FA3)"),
+    Goal("d64_16k_full", "backward", 480, "TFLOP/s", "474 (FA3)"),
+    Goal("d128_1k", "backward", 225, "TFLOP/s", "219 (TLX)"),
+    Goal("d128_2k", "backward", 350, "TFLOP/s", "347 (TLX)"),
+    Goal("d128_4k", "backward", 470, "TFLOP/s", "468 (TLX)"),
+    Goal("d128_8k", "backward", 545, "TFLOP/s", "539 (TLX)"),
+)

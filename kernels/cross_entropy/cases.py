@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tritium.kernels.case import Case
+from tritium.kernels.case import Budget, Case, Goal
 
 CASES = (
     Case("tiny", {"N": 3, "V": 5, "Vp": 5}),
@@ -82,3 +82,13 @@ def bytes(case: Case, dtype: torch.dtype) -> int:
 def bytes_backward(case: Case, dtype: torch.dtype) -> int:
     """Read the real logits, write all of their gradient (padding gets zeros); the targets and upstream gradient."""
     return case.shape["N"] * ((case.shape["V"] + case.shape["Vp"]) * dtype.itemsize + 8 + 4)
+
+
+BUDGETS = (
+    Budget("_forward", registers=64, threads=1024, needs=("wide loads",)),
+    Budget("_backward", registers=64, threads=1024, needs=("wide loads", "wide stores")),
+)
+GOALS = (
+    Goal("*", "forward", 0.97, "of copy", "3.0–3.18 TB/s (quack)"),
+    Goal("*", "backward", 0.95, "of copy", "forward and gradient 7.96 ms at 8192 × 131072 (Liger)"),
+)

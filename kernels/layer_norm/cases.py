@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from tritium.kernels.case import Case
+from tritium.kernels.case import Budget, Case, Goal
 
 CASES = (
     Case("one_row", {"N": 1, "C": 16}),
@@ -73,3 +73,15 @@ def bytes_backward(case: Case, dtype: torch.dtype) -> int:
 def _affine(case: Case, dtype: torch.dtype) -> int:
     vectors = 2 if case.options.get("bias", True) else 1
     return vectors * case.shape["C"] * (4 if case.options.get("wide") else dtype.itemsize)
+
+
+BUDGETS = (
+    Budget("_forward", registers=96, threads=1024, needs=("wide loads", "wide stores")),
+    Budget("_backward", registers=128, threads=512, needs=("wide loads", "wide stores")),
+    Budget("_add_partials", registers=96, needs=("wide loads",), fixed=True),
+)
+GOALS = (
+    Goal("long_rows", "forward", 0.98, "of copy", "2.9–3.02 TB/s (quack)"),
+    Goal("*", "forward", 2.75, "TB/s", "2.46–2.75 TB/s (quack)"),
+    Goal("*", "backward", 2.7, "TB/s", "1.1–1.4 TB/s (Liger, torch)"),
+)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tritium.kernels.case import Case
+from tritium.kernels.case import Case, Goal
 from tritium.kernels.cross_entropy.cases import targets
 
 CASES = (
@@ -80,3 +80,9 @@ def bytes_backward(case: Case, dtype: torch.dtype) -> int:
 
 def _weight_size(case: Case, dtype: torch.dtype) -> int:
     return 4 if case.options.get("master", True) else dtype.itemsize
+
+
+GOALS = (
+    Goal("gpt2_*", "forward+backward", 1 / 1.12, "of GEMM"),  # at most 1.12 times its three products
+    Goal("llama3_8b", "forward+backward", 740, "TFLOP/s", "728–752 TFLOP/s on an H200 (quack, Liger CuTe)"),
+)

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from tritium.kernels.case import Case
+from tritium.kernels.case import Case, Goal
 
 CASES = (
     Case("one_row", {"N": 1, "C": 16}),
@@ -77,3 +77,10 @@ def _weight(case: Case, dtype: torch.dtype) -> int:
     if not case.options.get("weight", True):
         return 0
     return case.shape["C"] * (4 if case.options.get("wide") else dtype.itemsize)
+
+
+GOALS = (
+    Goal("width_[48]*", "forward", 0.98, "of copy", "2.9–3.02 TB/s (quack)"),
+    Goal("width_*", "forward", 2.75, "TB/s", "2.46–2.75 TB/s (quack)"),
+    Goal("width_*", "backward", 2.7, "TB/s", "1.1–1.4 TB/s (Liger, torch)"),
+)

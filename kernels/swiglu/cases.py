@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from tritium.kernels.case import Case
+from tritium.kernels.case import Case, Goal
 
 CASES = (
     Case("one", {"F": 1}),
@@ -49,3 +49,9 @@ def bytes(case: Case, dtype: torch.dtype) -> int:
 def bytes_backward(case: Case, dtype: torch.dtype) -> int:
     """Read gate, up and dy, write dgate and dup."""
     return 5 * dtype.itemsize * math.prod(axes(case))
+
+
+GOALS = (
+    Goal("*", "forward", 3.0, "TB/s", "3.05 TB/s (Liger)"),
+    Goal("*", "backward", 2.85, "TB/s", "1.94 TB/s (Liger)"),
+)
