@@ -5,23 +5,28 @@
     selective   keep each block's input and the results of the ops named in ``keep``, compute the cheap rest again
 
 Selective works on what runs below the call sites: the custom ops of our kernels, which carry their op's name, and the
-aten ops that stand for an op in its reference. A reference that is several aten ops (attention, rms_norm, rope, …) is
-computed again.
+aten ops that stand for an op in its reference. A reference that is several aten ops (attention, rms_norm, rope, …) and
+shall be kept becomes one custom op: its result is kept and the inside computed again in its own backward, as our
+kernels do.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tritium.engine.config import ConfigError
 from tritium.engine.model import GPT, call
+from tritium.kernels import op as binding
 from tritium.kernels import ops
 from tritium.kernels.autograd import NAMESPACE
+from tritium.kernels.op import Op
 
 POLICIES = ("none", "full", "selective")
 KEEPABLE = (
@@ -41,13 +46,17 @@ _TORCH = {
     "_scaled_dot_product_efficient_attention": "attention",
     "_scaled_dot_product_cudnn_attention": "attention",
     "_scaled_dot_product_fused_attention_overrideable": "attention",
+    "_flash_attn_forward": "attention",  # of the package flash-attn
+    "_flash_attn_varlen_forward": "attention",
 }
+_ONE_ATEN_OP = ("linear", "layer_norm", "gelu")  # the references that have a name in _TORCH
 
 
 def apply(model: GPT, policy: str, keep: Collection[str] = ("attention", "linear")) -> None:
     """Make ``model`` recompute by ``policy`` from now on, in training with gradients only. Raises ConfigError.
 
-    Losses and gradients do not change, dropout included. keep: for "selective", ops whose results are kept.
+    Losses and gradients do not change, dropout included. keep: for "selective", ops whose results are kept. A model
+    that is bound must be bound before.
     """
     if policy not in POLICIES:
         raise ConfigError(f"train.recompute must be one of {', '.join(POLICIES)}, not {policy!r}")
@@ -57,6 +66,7 @@ def apply(model: GPT, policy: str, keep: Collection[str] = ("attention", "linear
             f"train.recompute_keep names {', '.join(unknown)}, which no block computes; "
             f"choose from {', '.join(KEEPABLE)}"
         )
+    _keepable(model, frozenset(keep) if policy == "selective" else frozenset())
     if policy == "none":
         model.run_block = call
         return
@@ -79,6 +89,61 @@ def keeping(keep: frozenset[str]) -> Callable[..., CheckpointPolicy]:
         return CheckpointPolicy.MUST_SAVE if op_of(function) in keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
+
+
+def _keepable(model: GPT, keep: frozenset[str]) -> None:
+    """Where a block trains with the reference of an op in ``keep``, give it as one op; elsewhere the reference."""
+    for block in model.blocks:
+        for _, site in binding.call_sites(block):
+            function = named(site.op) if site.op.name in keep else site.op.reference
+            backend = site.bound.get("train")
+            if backend is not None and backend.name == "reference":
+                site.bound["train"] = dataclasses.replace(backend, function=function)
+                if model.training:
+                    site.enter("train")
+            elif not site.bound:
+                site.function = function
+
+
+@functools.cache
+def named(op: Op) -> Callable[..., Any]:
+    """The op's reference as something with a name that ``op_of`` knows: itself, or the custom op OP_reference."""
+    if op.name in _ONE_ATEN_OP:
+        return op.reference
+    reference = op.reference
+    whole = torch.library.custom_op(f"{NAMESPACE}::{op.name}_reference", reference, mutates_args=())
+    whole.register_fake(reference)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        values = [next(saved).detach() if constant is None else constant[0] for constant in ctx.constants]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        with torch.enable_grad():
+            for i in wanted:
+                values[i].requires_grad_()
+            results = reference(*values)
+        results = results if isinstance(results, tuple) else (results,)
+        found: list[Tensor | None] = [None] * len(values)
+        for i, gradient in zip(wanted, torch.autograd.grad(results, [values[i] for i in wanted], grads), strict=True):
+            found[i] = gradient
+        return tuple(found)
+
+    whole.register_autograd(backward, setup_context=setup)
+    if op.name == "attention":
+        from torch.utils.flop_counter import register_flop_formula
+
+        register_flop_formula(getattr(torch.ops, NAMESPACE).attention_reference)(_attention_flops)
+    return whole
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, *args: object, **kwargs: object) -> int:
+    """Two GEMMs over all pairs, which is what the reference computes, causal or not."""
+    B, Tq, H, D = q
+    return 4 * B * H * Tq * k[1] * D
 
 
 def op_of(function: Any) -> str | None:
