@@ -218,6 +218,8 @@ class KernelsConfig:
     """Backend of embedding; empty: default."""
     attention: str = ""
     """Backend of attention; empty: default."""
+    attention_lse: str = ""
+    """Backend of attention_lse; empty: default."""
     layer_norm: str = ""
     """Backend of layer_norm; empty: default."""
     rms_norm: str = ""

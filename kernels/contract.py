@@ -49,6 +49,8 @@ FLOORS: Mapping[torch.dtype, tuple[float, float]] = {
 OP_FLOORS: Mapping[tuple[str, torch.dtype], tuple[float, float]] = {
     ("attention", torch.float16): (4.0, 1.5),
     ("attention", torch.bfloat16): (4.0, 1.5),
+    ("attention_lse", torch.float16): (4.0, 1.5),
+    ("attention_lse", torch.bfloat16): (4.0, 1.5),
 }
 # tensors whose floor is the compute dtype's although they are wider: one sum over logits rounded to the compute dtype
 COARSE = frozenset({("linear_cross_entropy", "output")})
@@ -331,8 +333,8 @@ class _Result(dict[str, Tensor]):
 
     @property
     def scale(self) -> float:
-        """The largest value of any tensor: what a result that is exactly zero by cancellation was made from."""
-        return max((v.abs().max().item() for v in self.values() if v.numel()), default=0.0)
+        """The largest finite value of any tensor: what a result that is exactly zero by cancellation was made from."""
+        return max((_finite(v).abs().max().item() for v in self.values() if v.numel()), default=0.0)
 
     def only(self, other: _Result) -> _Result:
         return _Result({n: v for n, v in self.items() if n in other})
@@ -461,6 +463,11 @@ def _strided(value: Any, kind: int) -> Any:
     return view.detach().requires_grad_(value.requires_grad)
 
 
+def _finite(value: Tensor) -> Tensor:
+    """Zeros in the place of infinities, which have no size that an error could be relative to."""
+    return value.masked_fill(value.isinf(), 0.0)
+
+
 def _compare(
     op: Op, variant: str, name: str, got: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype, scale: float
 ) -> Compared:
@@ -476,10 +483,12 @@ def _compare(
     floor_dtype = dtype if (op.name, name) in COARSE else got.dtype
     floor_max, floor_rms = OP_FLOORS.get((op.name, floor_dtype), FLOORS[floor_dtype])
     u = unit_roundoff(floor_dtype)
-    largest, typical = exact.abs().max().item(), exact.square().mean().sqrt().item()
+    finite = _finite(exact)
+    largest, typical = finite.abs().max().item(), finite.square().mean().sqrt().item()
     if largest < scale * 2.0**-40:  # zero, up to fp64's own rounding
         largest = typical = scale
-    error, reference_error = (got.double() - exact).abs(), (same.double() - exact).abs()
+    # equal infinities agree; they would differ by NaN
+    error, reference_error = (torch.where(t == exact, 0.0, (t - exact).abs()) for t in (got.double(), same.double()))
 
     def rms(t: Tensor) -> float:
         return t.square().mean().sqrt().item()

@@ -5,6 +5,7 @@ from tritium.kernels.op import Op
 linear = Op("linear")
 embedding = Op("embedding")
 attention = Op("attention")
+attention_lse = Op("attention_lse")
 layer_norm = Op("layer_norm")
 rms_norm = Op("rms_norm")
 add_layer_norm = Op("add_layer_norm")

@@ -1,4 +1,4 @@
-"""attention in Triton: the FlashAttention-2 algorithm, forward and backward, without atomics.
+"""attention in Triton: the FlashAttention-2 algorithm, forward and backward, without atomics; attention_lse shares it.
 
 Mathematics, for query i of one head and the keys j it sees (reference.py says which), c the softcap:
     s_ij = scale·q_i·k_j, softcapped c·tanh(s_ij/c)      lse_i = log Σ_j exp s_ij      p_ij = exp(s_ij - lse_i)
@@ -7,7 +7,10 @@ Mathematics, for query i of one head and the keys j it sees (reference.py says w
     ds_ij = p_ij (dp_ij - delta_i), softcapped times 1 - (s_ij/c)²
     dq_i = scale Σ_j ds_ij k_j                           dk_j = scale Σ_i ds_ij q_i
 With dropout r and the keep mask z of reference.keep_mask (the same hash, bit for bit) y and dv have p_ij z_ij/(1 - r)
-for p_ij, and dp_ij is multiplied by z_ij/(1 - r). A query that sees no key: y = 0, lse = +∞, so p = 0 and no gradient.
+for p_ij, and dp_ij is multiplied by z_ij/(1 - r). A query that sees no key is blind: y = 0, lse = +∞, so p = 0 and no
+gradient. attention_lse returns lse too, whose gradient adds p_ij dlse_i to ds_ij: delta_i - dlse_i replaces delta_i.
+Any finite scale: the kernels multiply s by |scale| once its maximum is known, and give the sign to the operand they
+hold (SIGN; q forward and for dq, k for dk and dv). Scale 0 puts zeros there: equal weights, and dq = dk = 0.
 
 Shapes: B batch, Tq queries, Tk keys, H query heads, G key/value heads, R = H/G, D head width; a tile is BLOCK_M queries
 by BLOCK_N keys; BLOCK_D is the power of two that holds D.
@@ -15,18 +18,27 @@ by BLOCK_N keys; BLOCK_D is the power of two that holds D.
 Forward: a program holds BLOCK_M queries and walks the keys with the running maximum m, the running sum l and the
     unnormalised y in fp32, in base 2: log₂e is folded into the scale. Saved: q, k, v, y, and lse (B, H, Tq), base 2.
 Backward: delta; then dk and dv, a program holding BLOCK_N keys of one key head and walking the queries of its R heads;
-    then dq, where a program holds BLOCK_M queries and walks the keys. Every result has one writer, so it is bitwise
-    repeatable, and grouped heads need no buffers.
+    then dq, where a program holds BLOCK_M queries and walks the keys.
 A walk has up to three parts: tiles that a window or a document cuts at its beginning; tiles seen whole, which carry no
-mask; tiles that the diagonal or the end cuts. Tiles that nobody sees are not visited.
+mask; tiles that the diagonal or the end cuts.
 
-FLOPs over the P visible pairs: forward 4·P·H·D, backward 10·P·H·D, of which 2 compute s again. Bytes: q, k, v, y and
-their gradients once. The bound is the tensor cores; beside them each pair costs an exp2 in either direction, which at
-D = 64 takes as long as its products.
+What FlashAttention promises and this keeps:
+    memory grows with T and not with T²: beside inputs, outputs and gradients there are lse and delta, 4 bytes a query
+    and head each;
+    tiles that nobody sees are neither read nor computed, for causal, window and documents alike;
+    q, k, v and dy are read in place at any strides with a dense last axis: a packed projection is not copied;
+    grouped heads read their keys in place and add up dk and dv in registers;
+    every result has one writer, which adds in one order: gradients are bitwise repeatable, at no cost in buffers;
+    another batch size or length compiles nothing new.
+
+FLOPs over the P visible pairs: forward 4·P·H·D, backward 10·P·H·D, of which 2 compute s again; as the two walks of the
+backward share no products, 14·P·H·D are executed. Bytes: q, k, v, y and their gradients once. The bound is the tensor
+cores; beside them each pair costs an exp2 in either direction, which at D = 64 takes as long as its products.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,7 +50,7 @@ from torch import Tensor
 
 from tritium.kernels.autograd import differentiable
 from tritium.kernels.lib import triton_launch as launch
-from tritium.kernels.lib.triton_math import LOG2E, tanh
+from tritium.kernels.lib.triton_math import LN2, LOG2E, tanh
 from tritium.kernels.site import Site
 
 DETERMINISTIC = True
@@ -168,6 +180,17 @@ def _load_rows(
 
 
 @triton.jit
+def _signed(x, SIGN: tl.constexpr):
+    """The factor that s is multiplied by after its maximum was taken cannot be negative or 0: the sign is put here."""
+    if SIGN == 0:
+        return tl.zeros_like(x)
+    elif SIGN < 0:
+        return -x
+    else:
+        return x
+
+
+@triton.jit
 def _store_rows(X, tile, first, T, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The opposite of _load_rows, rounded to X's dtype."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
@@ -210,12 +233,12 @@ def _forward_part(
     return y, m, l
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "H", "window", "threshold"])
+@triton.jit(do_not_specialize=["stride_sb", "Tq", "Tk", "H", "window", "threshold"])
 def _forward(
-    Q, K, V, START, SEED, Y, LSE, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb,
+    Q, K, V, START, SEED, Y, LSE, NATURAL, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb,
     stride_vt, stride_vh,
     stride_sb, stride_st, Tq, Tk, H, factor, softcap, window, threshold, keep_scale,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    SIGN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -236,7 +259,7 @@ def _forward(
         START += b * stride_sb
         start = _starts(START, i, Tq, stride_st)[:, None]
     seed = tl.load(SEED) if DROPOUT else 0
-    q = _load_rows(Q, m0, Tq, stride_qt, BLOCK_M, D, BLOCK_D, True)
+    q = _signed(_load_rows(Q, m0, Tq, stride_qt, BLOCK_M, D, BLOCK_D, True), SIGN)
     y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
@@ -260,16 +283,20 @@ def _forward(
     blind = l == 0.0  # these rows saw no key
     y = y * (keep_scale / tl.where(blind, 1.0, l))[:, None]
     lse = tl.where(blind, float("inf"), m + tl.log2(tl.where(blind, 1.0, l)))
-    tl.store(LSE + bh.to(tl.int64) * Tq + i, lse, i < Tq)
+    at = bh.to(tl.int64) * Tq + i
+    tl.store(LSE + at, lse, i < Tq)
+    if NATURAL is not None:
+        tl.store(NATURAL + at, tl.where(blind, float("-inf"), lse * LN2), i < Tq)
     _store_rows(Y + (b * Tq * H + h) * D, y, m0, Tq, H * D, BLOCK_M, D, BLOCK_D)
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
 
 
-@triton.jit(do_not_specialize=["Tq", "H"])
+@triton.jit(do_not_specialize=["Tq", "H", "stride_lb", "stride_lh", "stride_lt"])
 def _delta(
-    Y, DY, DELTA, stride_db, stride_dt, stride_dh, Tq, H, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+    Y, DY, LSE, DLSE, DELTA, stride_db, stride_dt, stride_dh, stride_lb, stride_lh, stride_lt, Tq, H,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // blocks
@@ -278,7 +305,14 @@ def _delta(
     i = m0 + tl.arange(0, BLOCK_M)
     y = _load_rows(Y + (b * Tq * H + h) * D, m0, Tq, H * D, BLOCK_M, D, BLOCK_D, True).to(tl.float32)
     dy = _load_rows(DY + b * stride_db + h * stride_dh, m0, Tq, stride_dt, BLOCK_M, D, BLOCK_D, True).to(tl.float32)
-    tl.store(DELTA + bh.to(tl.int64) * Tq + i, tl.sum(y * dy, 1), i < Tq)
+    delta = tl.sum(y * dy, 1)
+    at = bh.to(tl.int64) * Tq + i
+    if DLSE is not None:
+        # a blind row's lse is a constant, whatever comes back for it
+        blind = tl.load(LSE + at, i < Tq, other=0.0) == float("inf")
+        dlse = tl.load(DLSE + b * stride_lb + h * stride_lh + i.to(tl.int64) * stride_lt, i < Tq, other=0.0)
+        delta = tl.where(blind, 0.0, delta - dlse)
+    tl.store(DELTA + at, delta, i < Tq)
 
 
 @triton.jit
@@ -301,7 +335,7 @@ def _backward_keys_part(
         else:
             r, m0 = t // tiles, begin + t % tiles * BLOCK_M
         i = m0 + tl.arange(0, BLOCK_M)
-        q = _load_rows(Q + r * stride_qh, m0, Tq, stride_qt, BLOCK_M, D, BLOCK_D, True)
+        q = _load_rows(Q + tl.cast(r, tl.int64) * stride_qh, m0, Tq, stride_qt, BLOCK_M, D, BLOCK_D, True)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if SOFTCAP:
             tanh_s = tanh(s * (factor / softcap))
@@ -317,7 +351,7 @@ def _backward_keys_part(
             if START is not None:
                 start = _starts(START, i, Tq, stride_st)[None, :]
             p = tl.where(_visible(i[None, :], j[:, None], start, Tk, past, window, CAUSAL, WINDOW), p, 0.0)
-        dy = _load_rows(DY + r * stride_dh, m0, Tq, stride_dt, BLOCK_M, D, BLOCK_D, True)
+        dy = _load_rows(DY + tl.cast(r, tl.int64) * stride_dh, m0, Tq, stride_dt, BLOCK_M, D, BLOCK_D, True)
         dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
         if DROPOUT:
             kept = _keep((row + r * Tq + i)[None, :], j[:, None], Tk, seed, threshold)
@@ -332,13 +366,13 @@ def _backward_keys_part(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "G", "window", "threshold"])
+@triton.jit(do_not_specialize=["stride_sb", "Tq", "Tk", "G", "window", "threshold"])
 def _backward_keys(
     Q, K, V, DY, START, SEED, LSE, DELTA, DK, DV,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db,
     stride_dt, stride_dh,
     stride_sb, stride_st, Tq, Tk, G, scale, factor, softcap, window, threshold, keep_scale,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    SIGN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -351,7 +385,7 @@ def _backward_keys(
     if START is not None:
         START += b * stride_sb
     seed = tl.load(SEED) if DROPOUT else 0
-    k = _load_rows(K + b * stride_kb + g * stride_kh, n0, Tk, stride_kt, BLOCK_N, D, BLOCK_D, True)
+    k = _signed(_load_rows(K + b * stride_kb + g * stride_kh, n0, Tk, stride_kt, BLOCK_N, D, BLOCK_D, True), SIGN)
     v = _load_rows(V + b * stride_vb + g * stride_vh, n0, Tk, stride_vt, BLOCK_N, D, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -416,13 +450,13 @@ def _backward_queries_part(
     return dq
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", "H", "window", "threshold"])
+@triton.jit(do_not_specialize=["stride_sb", "Tq", "Tk", "H", "window", "threshold"])
 def _backward_queries(
     Q, K, V, DY, START, SEED, LSE, DELTA, DQ,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db,
     stride_dt, stride_dh,
     stride_sb, stride_st, Tq, Tk, H, scale, factor, softcap, window, threshold, keep_scale,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    SIGN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -440,7 +474,7 @@ def _backward_queries(
         START += b * stride_sb
         start = _starts(START, i, Tq, stride_st)[:, None]
     seed = tl.load(SEED) if DROPOUT else 0
-    q = _load_rows(Q + b * stride_qb + h * stride_qh, m0, Tq, stride_qt, BLOCK_M, D, BLOCK_D, True)
+    q = _signed(_load_rows(Q + b * stride_qb + h * stride_qh, m0, Tq, stride_qt, BLOCK_M, D, BLOCK_D, True), SIGN)
     dy = _load_rows(DY + b * stride_db + h * stride_dh, m0, Tq, stride_dt, BLOCK_M, D, BLOCK_D, True)
     lse = tl.load(LSE + bh.to(tl.int64) * Tq + i, i < Tq, other=float("inf"))
     delta = tl.load(DELTA + bh.to(tl.int64) * Tq + i, i < Tq, other=0.0)
@@ -464,6 +498,10 @@ def _backward_queries(
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
+
+
+_forward_kernel, _delta_kernel = launch.Kernel(_forward), launch.Kernel(_delta)
+_backward_keys_kernel, _backward_queries_kernel = launch.Kernel(_backward_keys), launch.Kernel(_backward_queries)
 
 
 class Config(NamedTuple):
@@ -539,108 +577,132 @@ def config(kernel: str, arch: int, D: int, dtype: torch.dtype, features: Sequenc
     return TILES[place]
 
 
-def _common(
-    q: Tensor, k: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float
-) -> tuple[dict[str, object], dict[str, object]]:
-    """(numbers, constants) that all three big kernels take."""
-    D = q.shape[-1]
-    numbers: dict[str, object] = dict(  # noqa: C408
-        Tq=q.shape[1], Tk=k.shape[1], factor=scale if softcap > 0 else scale * LOG2E.value,
-        softcap=softcap, window=window, threshold=int(dropout * 2**32), keep_scale=1 / (1 - dropout),
+class Plan(NamedTuple):
+    """One kernel's launch but for its tensors. BLOCK: rows of a program; numbers: factor, softcap, window, threshold,
+    keep_scale."""
+
+    BLOCK: int
+    numbers: tuple[float, float, int, int, float]
+    constants: launch.Constants
+
+
+@functools.lru_cache(maxsize=1024)  # a call looks its plans up: making one costs as much as a launch
+def _plan(
+    kernel: str, arch: int, D: int, R: int, dtype: torch.dtype,
+    documents: bool, causal: bool, scale: float, window: int, softcap: float, dropout: float,
+) -> Plan:  # fmt: skip
+    sign = (scale > 0) - (scale < 0)
+    factor = abs(scale) if sign else 1.0
+    constants = _constants(kernel, arch, D, R, dtype, documents, causal, sign, window > 0, softcap > 0, dropout > 0)
+    numbers = (
+        float(factor if softcap > 0 else factor * LOG2E.value), float(softcap), window, int(dropout * 2**32),
+        1 / (1 - dropout),
     )  # fmt: skip
-    constants: dict[str, object] = dict(
-        CAUSAL=causal, WINDOW=window > 0, SOFTCAP=softcap > 0, DROPOUT=dropout > 0,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        R=q.shape[2] // k.shape[2], D=D, BLOCK_D=max(launch.power_of_two(D), 16), **launch.OPTIONS,
+    return Plan(constants["BLOCK_N" if kernel == "backward_keys" else "BLOCK_M"], numbers, constants)
+
+
+@functools.cache
+def _constants(
+    kernel: str, arch: int, D: int, R: int, dtype: torch.dtype,
+    documents: bool, causal: bool, sign: int, window: bool, softcap: bool, dropout: bool,
+) -> launch.Constants:  # fmt: skip
+    present = {"mask": documents or window, "softcap": softcap, "dropout": dropout}
+    tile = config(kernel, arch, D, dtype, [name for name, there in present.items() if there])
+    return launch.constants(
+        SIGN=sign, CAUSAL=causal, WINDOW=window, SOFTCAP=softcap, DROPOUT=dropout,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32", R=R, D=D, BLOCK_D=_block_d(D), **tile._asdict(),
     )  # fmt: skip
-    return numbers, constants
 
 
-def _features(seq_start: Tensor | None, window: int, softcap: float, dropout: float) -> list[str]:
-    present = {"mask": seq_start is not None or window > 0, "softcap": softcap > 0, "dropout": dropout > 0}
-    return [name for name, there in present.items() if there]
+@functools.cache
+def _delta_constants(D: int) -> launch.Constants:
+    return launch.constants(D=D, BLOCK_D=_block_d(D), BLOCK_M=64, num_warps=4)
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Of each (B, T, heads, D) tensor the first three."""
-    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+def _block_d(D: int) -> int:
+    return max(launch.power_of_two(D), 16)
 
 
-def _start_strides(seq_start: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if seq_start is None else (seq_start.stride(0), seq_start.stride(1))
+def _dense(x: Tensor) -> Tensor:
+    """x itself where the kernels read it in place: its last axis is dense, and a tile's offsets fit in 32 bits."""
+    stride = x.stride()
+    if (stride[3] == 1 or x.shape[3] == 1) and stride[1] < 2**24:
+        return x
+    return x.contiguous()
 
 
-def _launch_forward(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None,
-    causal: bool, scale: float, window: int, softcap: float, dropout: float,
+    causal: bool, scale: float, window: int, softcap: float, dropout: float, natural: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check(q, k, v, seq_start, seed, scale, dropout)
-    q, k, v = map(launch.unit_stride, (q, k, v))
+    """(y, lse in base 2, +∞ for blind rows); ``natural`` (B, H, Tq) fp32 is filled with attention_lse's lse."""
+    _check(q, k, v, seq_start, seed, dropout)
+    q, k, v = _dense(q), _dense(k), _dense(v)
     B, Tq, H, D = q.shape
+    Tk, G = k.shape[1], k.shape[2]
     y = torch.empty(B, Tq, H, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
     if y.numel() == 0:
         return y, lse
-    numbers, constants = _common(q, k, causal, scale, window, softcap, dropout)
-    tile = config("forward", launch.arch(), D, q.dtype, _features(seq_start, window, softcap, dropout))
+    plan = _plan(
+        "forward", launch.arch(), D, H // G, q.dtype, seq_start is not None, causal, scale, window, softcap, dropout
+    )  # fmt: skip
+    qb, qt, qh, _ = q.stride()
+    kb, kt, kh, _ = k.stride()
+    vb, vt, vh, _ = v.stride()
+    sb, st = (0, 0) if seq_start is None else seq_start.stride()
     with launch.on_device(q):
-        _forward[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
-            q,
-            k,
-            v,
-            seq_start,
-            seed,
-            y,
-            lse,
-            *_strides(q, k, v),
-            *_start_strides(seq_start),
-            H=H,
-            **numbers,
-            **constants,
-            **tile._asdict(),
-        )
+        _forward_kernel(
+            (B * H * -(-Tq // plan.BLOCK),), plan.constants,
+            q, k, v, seq_start, seed, y, lse, natural, qb, qt, qh, kb, kt, kh, vb, vt, vh, sb, st, Tq, Tk, H,
+            *plan.numbers,
+        )  # fmt: skip
     return y, lse
 
 
-def _launch_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, y: Tensor, lse: Tensor,
-    causal: bool, scale: float, window: int, softcap: float, dropout: float,
+def backward(
+    dy: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None,
+    y: Tensor, lse: Tensor, causal: bool, scale: float, window: int, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, dy = map(launch.unit_stride, (q, k, v, dy))
+    """(dq, dk, dv). y, lse: what forward gave. dlse (B, H, Tq), any strides: the gradient of attention_lse's lse."""
+    q, k, v, dy = _dense(q), _dense(k), _dense(v), _dense(dy)
     B, Tq, H, D = q.shape
     Tk, G = k.shape[1], k.shape[2]
-    dq, dk, dv = _allocate_gradients(q, k, v)
+    dq, dk, dv = allocate_gradients(q, k, v)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    numbers, constants = _common(q, k, causal, scale, window, softcap, dropout)
-    numbers["scale"] = scale
-    strides = (*_strides(q, k, v, dy), *_start_strides(seq_start))
+    options = (D, H // G, q.dtype, seq_start is not None, causal, scale, window, softcap, dropout)
+    arch = launch.arch()
+    keys = _plan("backward_keys", arch, *options)
+    queries = _plan("backward_queries", arch, *options)
     delta = torch.empty_like(lse)
-    features = _features(seq_start, window, softcap, dropout)
-    keys = config("backward_keys", launch.arch(), D, q.dtype, features)
-    queries = config("backward_queries", launch.arch(), D, q.dtype, features)
+    db, dt, dh, _ = dy.stride()
+    lb, lh, lt = (0, 0, 0) if dlse is None else dlse.stride()
+    strides = (
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], db, dt, dh,
+        *((0, 0) if seq_start is None else seq_start.stride()), Tq, Tk,
+    )  # fmt: skip
     with launch.on_device(q):
-        _delta[(B * H * triton.cdiv(Tq, 64),)](
-            y, dy, delta, *_strides(dy), Tq, H, D=D, BLOCK_D=constants["BLOCK_D"], BLOCK_M=64, num_warps=4,
-            **launch.OPTIONS,
+        _delta_kernel(
+            (B * H * -(-Tq // 64),), _delta_constants(D), y, dy, lse, dlse, delta, db, dt, dh, lb, lh, lt, Tq, H
         )  # fmt: skip
-        _backward_keys[(B * G * triton.cdiv(Tk, keys.BLOCK_N),)](
-            q, k, v, dy, seq_start, seed, lse, delta, dk, dv, *strides, G=G, **numbers, **constants, **keys._asdict()
-        )
-        _backward_queries[(B * H * triton.cdiv(Tq, queries.BLOCK_M),)](
-            q, k, v, dy, seq_start, seed, lse, delta, dq, *strides, H=H, **numbers, **constants, **queries._asdict()
-        )
+        _backward_keys_kernel(
+            (B * G * -(-Tk // keys.BLOCK),), keys.constants,
+            q, k, v, dy, seq_start, seed, lse, delta, dk, dv, *strides, G, float(scale), *keys.numbers,
+        )  # fmt: skip
+        _backward_queries_kernel(
+            (B * H * -(-Tq // queries.BLOCK),), queries.constants,
+            q, k, v, dy, seq_start, seed, lse, delta, dq, *strides, H, float(scale), *queries.numbers,
+        )  # fmt: skip
     return dq, dk, dv
 
 
-def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def allocate_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     return dq, dk, dv
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, scale: float, dropout: float
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, dropout: float) -> None:
     launch.require_dtype("attention", q=q, k=k, v=v)
     B, Tq, H, D = q.shape
     G = k.shape[2]
@@ -653,11 +715,6 @@ def _check(
         raise TypeError(f"attention takes q, k and v of one dtype; they are {q.dtype}, {k.dtype} and {v.dtype}")
     if reason := _width(D):
         raise ValueError(f"attention in Triton: {reason}")
-    if not scale > 0:
-        raise ValueError(
-            f"attention in Triton needs a positive scale, since it scales after taking the maximum; it is {scale}; "
-            "choose reference"
-        )
     if seq_start is not None and seq_start.shape != (B, Tq):
         raise ValueError(f"attention takes seq_start of shape (B, Tq) = ({B}, {Tq}); it is {tuple(seq_start.shape)}")
     if not 0 <= dropout < 1:
@@ -675,6 +732,20 @@ def _width(D: int) -> str | None:
 # ------------------------------------------------------------------------------------------------------------- autograd
 
 
+def _forward_alone(
+    q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None,
+    causal: bool, scale: float, window: int, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return forward(q, k, v, seq_start, seed, causal, scale, window, softcap, dropout)
+
+
+def _backward_alone(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, y: Tensor, lse: Tensor,
+    causal: bool, scale: float, window: int, softcap: float, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return backward(dy, None, q, k, v, seq_start, seed, y, lse, causal, scale, window, softcap, dropout)
+
+
 def _fake_forward(
     q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None,
     causal: bool, scale: float, window: int, softcap: float, dropout: float,
@@ -687,7 +758,7 @@ def _fake_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, y: Tensor, lse: Tensor,
     causal: bool, scale: float, window: int, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _allocate_gradients(q, k, v)
+    return allocate_gradients(q, k, v)
 
 
 def _pairs(Tq: int, Tk: int, causal: bool, window: int) -> float:
@@ -701,7 +772,7 @@ def _pairs(Tq: int, Tk: int, causal: bool, window: int) -> float:
     return seen(Tk) - seen(max(Tk - Tq, 0))
 
 
-def _flops(
+def flops(
     q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, seq_start: object, seed: object, causal: bool,
     scale: float,
     window: int, *args: object, out_shape: object = None, **kwargs: object,
@@ -719,18 +790,18 @@ def _flops_backward(
 ) -> int:  # fmt: skip
     """Four GEMMs: dv, dp, dq and dk. Recomputing the scores is a cost of this algorithm, not work of the model, and
     is not counted."""
-    return 2 * _flops(q_shape, k_shape, v_shape, seq_start, seed, causal, scale, window)
+    return 2 * flops(q_shape, k_shape, v_shape, seq_start, seed, causal, scale, window)
 
 
 _attention = differentiable(
     "attention_triton",
-    forward=_launch_forward,
-    backward=_launch_backward,
+    forward=_forward_alone,
+    backward=_backward_alone,
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,
     save=lambda args, results: (*args[:5], *results, *args[5:]),
     gradients=(0, 1, 2),
-    flops=_flops,
+    flops=flops,
     flops_backward=_flops_backward,
 )
 
@@ -754,8 +825,4 @@ def attention(
 
 
 def unsupported(site: Site) -> str | None:
-    reason = _width(site.shape["D"]) if "D" in site.shape else None
-    scale = site.option("scale")
-    if isinstance(scale, (int, float)) and scale <= 0:
-        reason = f"the scale must be positive, it is {scale}; choose reference"
-    return launch.unsupported(site) or reason
+    return launch.unsupported(site) or (_width(site.shape["D"]) if "D" in site.shape else None)

@@ -35,6 +35,21 @@ def attention(
     Scores and softmax are computed in fp32 (fp64 for fp64 input).
     """
     B, Tq, H, D = q.shape
+    scores, hidden = masked_scores(q, k, seq_start, causal, scale, window, softcap)
+    weights = visible_softmax(scores, hidden)
+    if dropout > 0.0:
+        assert seed is not None, "attention with dropout needs a seed tensor, or the result could not be repeated"
+        weights = weights * keep_mask(weights.shape, dropout, seed) / (1.0 - dropout)
+    y = torch.einsum("bgrij,bjgd->bigrd", weights, v.to(weights.dtype))
+    return y.reshape(B, Tq, H, D).to(q.dtype)
+
+
+def masked_scores(
+    q: Tensor, k: Tensor, seq_start: Tensor | None, causal: bool, scale: float | None, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """(scores, hidden): (B, G, H // G, Tq, Tk) in fp32 (fp64 for fp64 input), and where, to be broadcast, no key may be
+    seen."""
+    B, Tq, H, D = q.shape
     Tk, G = k.shape[1], k.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = torch.einsum("bigrd,bjgd->bgrij", q.to(wide).reshape(B, Tq, G, H // G, D), k.to(wide))
@@ -51,13 +66,13 @@ def attention(
     hidden = hidden[None, None, None]
     if seq_start is not None:
         hidden = hidden | (j < seq_start[:, :, None])[:, None, None]
-    # a row with nothing visible: its softmax over -inf would be NaN, so soften it and zero the weights afterwards
-    weights = torch.softmax(scores.masked_fill(hidden, torch.finfo(wide).min), dim=-1).masked_fill(hidden, 0.0)
-    if dropout > 0.0:
-        assert seed is not None, "attention with dropout needs a seed tensor, or the result could not be repeated"
-        weights = weights * keep_mask(weights.shape, dropout, seed) / (1.0 - dropout)
-    y = torch.einsum("bgrij,bjgd->bigrd", weights, v.to(wide))
-    return y.reshape(B, Tq, H, D).to(q.dtype)
+    return scores, hidden
+
+
+def visible_softmax(scores: Tensor, hidden: Tensor) -> Tensor:
+    """The softmax over what may be seen; zeros in a row where nothing may: its softmax over -inf would be NaN, so the
+    minimum stands in and the weights are zeroed afterwards."""
+    return torch.softmax(scores.masked_fill(hidden, torch.finfo(scores.dtype).min), dim=-1).masked_fill(hidden, 0.0)
 
 
 def keep_mask(shape: torch.Size, dropout: float, seed: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ def run(
     q, k, v = ((t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in (q, k, v))
     if H != G and (kernel == "efficient" or mask is not None):  # the kernels that take masks have no grouped heads
         k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)
+    if scale is not None and scale <= 0.0:  # torch's kernels scale after the mask: -inf becomes +inf or NaN
+        q, scale = (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
     grouped = k.shape[1] != H
     with sdpa_kernel(_FUSED[kernel]) if kernel else contextlib.nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped)

@@ -76,6 +76,21 @@ def test_inductor_keeps_the_contract(name, backend):
     assert report.ok, report
 
 
+def test_equal_infinities_agree_and_lend_their_size_to_no_bound():
+    """attention_lse gives -∞ for a query that sees no key."""
+    exact = torch.tensor([-torch.inf, 2.0], dtype=torch.float64)
+
+    def compared(*values: float) -> contract.Compared:
+        got = torch.tensor(values)
+        return contract._compare(ops.attention_lse, "plain", "output 1", got, exact, exact.float(), FP32, 2.0)
+
+    assert compared(-torch.inf, 2.0).ok
+    assert compared(-torch.inf, 2.0).max_error == 0.0
+    assert compared(-torch.inf, 2.0).max_bound < 1e-5
+    for values in ((-torch.inf, 2.01), (torch.inf, 2.0), (-1e38, 2.0), (torch.nan, 2.0), (-torch.inf, -torch.inf)):
+        assert not compared(*values).ok
+
+
 # ------------------------------------------------------------------------------------------------------- planted faults
 
 
