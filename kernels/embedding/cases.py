@@ -1,6 +1,6 @@
 """Cases of embedding. B batch · T time · N rows · V rows of the table · C width.
 
-Options: repeated (False): few distinct ids.
+Options: distinct (0: any) ids, how many; zipf (False): id i about as often as 1/(i + 1), as the tokens of a text are.
 """
 
 import math
@@ -16,18 +16,28 @@ CASES = (
     Case("odd", {"N": 13, "V": 17, "C": 33}),
     Case("two_axes", {"B": 3, "T": 5, "V": 40, "C": 24}),
     Case("positions", {"T": 12, "V": 16, "C": 20}),
-    Case("repeated", {"B": 4, "T": 30, "V": 50, "C": 16}, {"repeated": True}),
+    Case("repeated", {"B": 4, "T": 30, "V": 50, "C": 16}, {"distinct": 3}),
+    Case("scalar", {"V": 6, "C": 5}),
+    Case("several_tiles", {"N": 9, "V": 21, "C": 300}),
+    Case("one_id", {"N": 140, "V": 3, "C": 8}, {"distinct": 1}),
+    Case("long_runs", {"B": 2, "T": 75, "V": 11, "C": 24}, {"distinct": 2}),
+    Case("text", {"N": 90, "V": 40, "C": 24}, {"zipf": True}),
     *(
         Case(f"gpt2_{name}", {"B": 16, "T": 1024, "V": 50304, "C": C}, large=True)
         for name, C in {"124m": 768, "350m": 1024, "774m": 1280, "1558m": 1600}.items()
     ),
+    Case("gpt2_124m_text", {"B": 16, "T": 1024, "V": 50304, "C": 768}, {"zipf": True}, large=True),
+    Case("gpt2_124m_one_id", {"B": 16, "T": 1024, "V": 50304, "C": 768}, {"distinct": 1}, large=True),
 )
 
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, object]:
     generator = torch.Generator().manual_seed(seed)
     V, C = case.shape["V"], case.shape["C"]
-    ids = torch.randint(0, min(V, 3) if case.options.get("repeated") else V, _axes(case), generator=generator)
+    if case.options.get("zipf"):
+        ids = (V ** torch.rand(_axes(case), generator=generator)).long() - 1
+    else:
+        ids = torch.randint(0, case.options.get("distinct") or V, _axes(case), generator=generator)
     if ids.numel() > 1:
         ids.view(-1)[-1] = V - 1
     weight = torch.randn(V, C, generator=generator)

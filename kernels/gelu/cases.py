@@ -1,6 +1,6 @@
 """Cases of gelu. N rows (the product of the leading axes) · F width.
 
-Options: the op's own approximate; spread (2.0) of x.
+Options: the op's own approximate; spread (2.0) of x; extremes (False): EXTREMES are among its values.
 """
 
 import math
@@ -9,14 +9,22 @@ import torch
 
 from tritium.kernels.case import Case
 
+# either side of where an exponential overflows or a term vanishes, and far beyond
+EXTREMES = (1e4, -1e4, 300.0, -300.0, 90.0, -90.0, 33.0, -33.0, 12.0, -12.0, 5.5, -5.5, 1e-4, -1e-4, 0.0, -0.0)
+
 CASES = (
     Case("one", {"F": 1}),
+    Case("scalar", {}),
     Case("no_rows", {"N": 0, "F": 8}),
     Case("odd", {"N": 7, "F": 33}),
     Case("exact", {"N": 5, "F": 65}, {"approximate": "none"}),
     Case("three_axes", {"B": 2, "T": 3, "F": 40}),
+    Case("vector_exact", {"F": 30}, {"approximate": "none"}),
+    Case("several_tiles", {"N": 3, "F": 300}),
     Case("far_tails", {"N": 4, "F": 64}, {"spread": 40.0}),
     Case("far_tails_exact", {"N": 4, "F": 64}, {"spread": 40.0, "approximate": "none"}),
+    Case("extremes", {"N": 4, "F": 24}, {"extremes": True, "spread": 40.0}),
+    Case("extremes_exact", {"N": 4, "F": 24}, {"extremes": True, "approximate": "none"}),
     *(
         Case(f"gpt2_{name}", {"N": 16384, "F": 4 * C}, large=True)
         for name, C in {"124m": 768, "350m": 1024, "774m": 1280, "1558m": 1600}.items()
@@ -27,6 +35,8 @@ CASES = (
 def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, object]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(axes(case), generator=generator) * case.options.get("spread", 2.0)
+    if case.options.get("extremes"):
+        x.view(-1)[: len(EXTREMES)] = torch.tensor(EXTREMES)
     return {"x": x.to(device, dtype).requires_grad_(), "approximate": case.options.get("approximate", "tanh")}
 
 

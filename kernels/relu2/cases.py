@@ -1,4 +1,7 @@
-"""Cases of relu2. N rows (the product of the leading axes) · F width."""
+"""Cases of relu2. N rows (the product of the leading axes) · F width.
+
+Options: extremes (False): EXTREMES are among the values of x.
+"""
 
 import math
 from typing import Any
@@ -7,12 +10,17 @@ import torch
 
 from tritium.kernels.case import Case
 
+EXTREMES = (200.0, -200.0, -1e4, 1e-4, -1e-4, 0.0, -0.0)
+
 CASES = (
     Case("one", {"F": 1}),
+    Case("scalar", {}),
     Case("no_rows", {"N": 0, "F": 8}),
     Case("odd", {"N": 7, "F": 33}),
     Case("three_axes", {"B": 2, "T": 3, "F": 40}),
     Case("many", {"N": 33, "F": 130}),
+    Case("several_tiles", {"N": 3, "F": 300}),
+    Case("extremes", {"N": 4, "F": 24}, {"extremes": True}),
     *(
         Case(f"gpt2_{name}", {"N": 16384, "F": 4 * C}, large=True)
         for name, C in {"124m": 768, "350m": 1024, "774m": 1280, "1558m": 1600}.items()
@@ -22,7 +30,10 @@ CASES = (
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, object]:
     generator = torch.Generator().manual_seed(seed)
-    return {"x": (torch.randn(axes(case), generator=generator) * 2.0).to(device, dtype).requires_grad_()}
+    x = torch.randn(axes(case), generator=generator) * 2.0
+    if case.options.get("extremes"):
+        x.view(-1)[: len(EXTREMES)] = torch.tensor(EXTREMES)
+    return {"x": x.to(device, dtype).requires_grad_()}
 
 
 def axes(case: Case) -> tuple[int, ...]:

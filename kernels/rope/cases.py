@@ -1,6 +1,7 @@
 """Cases of rope. B batch · T time · H query heads · G key heads · D head width · R rotated channels (default D).
 
-Options: per_row (False): positions differ between rows, so cos and sin are (B, T, R/2).
+Options: per_row (False): positions differ between rows, so cos and sin are (B, T, R/2); packed (False): q and k are
+parts of one tensor that holds v too, as a projection gives them.
 """
 
 import torch
@@ -22,8 +23,17 @@ CASES = (
     _case("per_row", 3, 5, 2, 1, 16, 16, per_row=True),
     _case("per_row_partial", 2, 6, 4, 2, 20, 8, per_row=True),
     _case("head_128", 1, 4, 2, 2, 128, 128),
-    _case("gpt2_124m", 16, 1024, 12, 12, 64, 64, large=True),
-    _case("llama_8b", 1, 8192, 32, 8, 128, 128, large=True),
+    _case("head_80", 1, 5, 2, 2, 80, 80),
+    _case("odd_head", 1, 4, 2, 1, 7, 4),
+    _case("mostly_rest", 1, 3, 2, 1, 100, 12),
+    _case("many_heads", 1, 2, 25, 5, 16, 16),
+    _case("many_tokens", 2, 9, 5, 1, 32, 32),
+    _case("packed", 2, 6, 4, 2, 32, 32, packed=True),
+    _case("packed_partial", 1, 5, 3, 3, 40, 16, packed=True),
+    _case("packed_per_row", 2, 5, 4, 1, 24, 24, per_row=True, packed=True),
+    _case("packed_nothing_turns", 2, 3, 2, 1, 8, 0, packed=True),
+    _case("gpt2_124m", 16, 1024, 12, 12, 64, 64, large=True, packed=True),
+    _case("llama_8b", 1, 8192, 32, 8, 128, 128, large=True, packed=True),
 )
 
 
@@ -34,9 +44,12 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int
     if case.options.get("per_row"):
         position = position + torch.randint(0, 1000, (B, 1), generator=generator)
     angle = position[..., None] * 10000.0 ** (-torch.arange(R // 2) / max(R // 2, 1))
+    q, k = (torch.randn(B, T, heads, D, generator=generator).to(device, dtype) for heads in (H, G))
+    if case.options.get("packed"):
+        q, k, _ = torch.cat((q, k, k), dim=2).split((H, G, G), dim=2)
     return {
-        "q": torch.randn(B, T, H, D, generator=generator).to(device, dtype).requires_grad_(),
-        "k": torch.randn(B, T, G, D, generator=generator).to(device, dtype).requires_grad_(),
+        "q": q.detach().requires_grad_(),
+        "k": k.detach().requires_grad_(),
         "cos": angle.cos().to(device),
         "sin": angle.sin().to(device),
     }

@@ -1,4 +1,8 @@
-"""Cases of swiglu. N rows (the product of the leading axes) · F width. Options: spread (2.0) of gate."""
+"""Cases of swiglu. N rows (the product of the leading axes) · F width.
+
+Options: spread (2.0) of gate; extremes (False): EXTREMES are among the gate's values; packed (False): gate and up are
+the halves of one tensor's rows, as a projection gives them.
+"""
 
 import math
 
@@ -6,16 +10,25 @@ import torch
 
 from tritium.kernels.case import Case, Goal
 
+# either side of where an exponential overflows or a term vanishes, and far beyond
+EXTREMES = (1e4, -1e4, 300.0, -300.0, 90.0, -90.0, 33.0, -33.0, 12.0, -12.0, 5.5, -5.5, 1e-4, -1e-4, 0.0, -0.0)
+
 CASES = (
     Case("one", {"F": 1}),
+    Case("scalar", {}),
     Case("no_rows", {"N": 0, "F": 8}),
     Case("odd", {"N": 7, "F": 33}),
     Case("three_axes", {"B": 2, "T": 3, "F": 40}),
     Case("many", {"N": 33, "F": 130}),
     Case("far_tails", {"N": 4, "F": 64}, {"spread": 60.0}),
-    Case("gpt2_124m", {"N": 16384, "F": 2048}, large=True),
-    Case("gpt2_1558m", {"N": 16384, "F": 4352}, large=True),
-    Case("llama_8b", {"N": 8192, "F": 14336}, large=True),
+    Case("several_tiles", {"N": 3, "F": 300}),
+    Case("packed", {"N": 9, "F": 48}, {"packed": True}),
+    Case("packed_odd", {"B": 2, "T": 3, "F": 33}, {"packed": True, "spread": 60.0}),
+    Case("extremes", {"N": 4, "F": 24}, {"extremes": True, "spread": 60.0}),
+    Case("packed_extremes", {"N": 4, "F": 24}, {"extremes": True, "packed": True}),
+    Case("gpt2_124m", {"N": 16384, "F": 2048}, {"packed": True}, large=True),
+    Case("gpt2_1558m", {"N": 16384, "F": 4352}, {"packed": True}, large=True),
+    Case("llama_8b", {"N": 8192, "F": 14336}, {"packed": True}, large=True),
 )
 
 
@@ -23,7 +36,13 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int
     generator = torch.Generator().manual_seed(seed)
     gate = torch.randn(axes(case), generator=generator) * case.options.get("spread", 2.0)
     up = torch.randn(axes(case), generator=generator)
-    return {"gate": gate.to(device, dtype).requires_grad_(), "up": up.to(device, dtype).requires_grad_()}
+    if case.options.get("extremes"):
+        gate.view(-1)[: len(EXTREMES)] = torch.tensor(EXTREMES)
+        up = up.clamp(-2, 2)  # so that the product stays within fp16
+    gate, up = gate.to(device, dtype), up.to(device, dtype)
+    if case.options.get("packed"):
+        gate, up = torch.cat((gate, up), dim=-1).chunk(2, dim=-1)
+    return {"gate": gate.detach().requires_grad_(), "up": up.detach().requires_grad_()}
 
 
 def axes(case: Case) -> tuple[int, ...]:
