@@ -59,3 +59,7 @@ torch.autograd.set_multithreading_enabled(False)  # the device's own thread woul
 _spec = importlib.util.spec_from_file_location("fake_gpu", pathlib.Path(__file__).with_name("fake_gpu.py"))
 sys.modules["fake_gpu"] = _module = importlib.util.module_from_spec(_spec)  # what the tests share
 _spec.loader.exec_module(_module)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-memory", action="store_true", help="write docs/memory.md")

@@ -13,15 +13,18 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from tritium.engine import presets, train
+from tritium.engine import presets, recompute, train
 from tritium.engine.config import Config
 from tritium.engine.parallel import World
 from tritium.engine.step import MicroBatch, train_step
-from tritium.kernels import op
+from tritium.kernels import aot, op, ops
+from tritium.kernels.autograd import NAMESPACE
 from tritium.kernels.site import Machine
 
 B, T = 8, 1024
@@ -95,9 +98,9 @@ def build(config: Config, choices: dict[str, str] | str = "triton", *, compile: 
     return train.build(config.replace(kernels=kernels), World(device=DEVICE), compile=compile)
 
 
-def batch(config: Config) -> MicroBatch:
-    ids = torch.randint(0, config.model.vocab_size, (B, T), device=DEVICE)
-    starts = torch.zeros(B, T, dtype=torch.int32, device=DEVICE) if config.data.documents else None
+def batch(config: Config, rows: int = B) -> MicroBatch:
+    ids = torch.randint(0, config.model.vocab_size, (rows, T), device=DEVICE)
+    starts = torch.zeros(rows, T, dtype=torch.int32, device=DEVICE) if config.data.documents else None
     return MicroBatch(ids, ids.clone(), starts)
 
 
@@ -151,7 +154,11 @@ class Graphs:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages that are alive, and their peak: of what was given to ``track`` and what ops made since."""
+    """Bytes of the storages that are alive, and their peak: of what was given to ``track`` and what ops made since.
+
+    An op of a model runs what it would on a GPU, its launcher, so that its temporary tensors count; within
+    ``launchers_run``. (The optimizer's ask for addresses, which fake tensors lack; theirs are small tables.)
+    """
 
     def __init__(self):
         super().__init__()
@@ -173,9 +180,20 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        if function.namespace == NAMESPACE and ops.OPS[recompute.op_of(function)].has_gradient:
+            with self:
+                result = OPDEFS[function._name.partition(".")[0]]._init_fn(*args, **(kwargs or {}))
+        else:
+            result = function(*args, **(kwargs or {}))
         self.track(result)
         return result
+
+
+@contextlib.contextmanager
+def launchers_run() -> Iterator[list[aot.Launch]]:
+    """Triton's launches are recorded and do nothing; launchers find the device that they ask for."""
+    with aot.compiling_for("sm_90", compile=False) as launched, mock.patch.object(torch.cuda, "current_device", int):
+        yield launched
 
 
 class Executed(TorchDispatchMode):
@@ -193,30 +211,60 @@ class Executed(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of one eager training step. state: weights, masters, copies and moments; kept: by forward for backward;
-    peak: at any moment, of the step with its update."""
+KERNELS = {
+    "triton": {"*": "triton"},
+    "reference": {"*": "reference"},
+    "sdpa_flash": {"*": "triton", "attention": "sdpa_flash"},
+}
 
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One eager training step of one micro-batch.
+
+    flops: of forward and of backward, as torch counts them. Bytes: state, of weights, masters, copies and moments;
+    kept, by forward for backward; peak, at any moment of the step. executed: every op that ran.
+    """
+
+    flops: tuple[int, int]
     state: int
     kept: int
     peak: int
+    executed: frozenset[torch._ops.OpOverload]
 
 
-def memory(config: Config, choices: dict[str, str] | str, policy: str) -> Memory:
+class Flops(FlopCounterMode):
+    """torch's counter without its tracker of modules, whose hooks keep tensors alive that training would not."""
+
+    class _Everywhere(contextlib.nullcontext):
+        parents = frozenset({"Global"})
+
+    def __init__(self):
+        super().__init__(display=False)
+        self.mod_tracker = self._Everywhere()
+
+
+@functools.cache
+def measure(model: str, kernels: str, policy: str, rows: int = B) -> Measured:
+    """model: a key of MODELS; kernels: of KERNELS; policy: of recompute.POLICIES."""
+    config = MODELS[model].replace(train={"recompute": policy})
     with present():
-        engine = build(config.replace(train={"recompute": policy}), choices)
-        data, (lr, inverse_count) = batch(config), scalars()
-        with Live() as live:
+        engine = build(config, KERNELS[kernels])
+        data, (lr, inverse_count) = batch(config, rows), scalars()
+        with launchers_run(), Live() as live, Executed() as executed:
             optimizer = engine.optimizer
             for group in optimizer.groups:
                 live.track([group.leaves, group.params, group.copies, group.exp_avgs, group.exp_avg_sqs])
             live.track([list(engine.model.buffers()), optimizer.state_dict()])
             state = live.now
-            live.track([data, lr, inverse_count])
+            live.track([data.ids, data.targets, data.seq_start, lr, inverse_count])
             before = live.now
-            loss = engine.loss(data)
+            with Flops() as forward:
+                loss = engine.loss(data)
             kept = live.now - before
-            del loss
-            train_step(engine.loss, engine.optimizer, [data], lr, inverse_count)
-            return Memory(state, kept, live.peak)
+            with Flops() as backward:
+                loss.backward()
+            optimizer.step(lr, inverse_count)
+            optimizer.zero_grad()
+    flops = (forward.get_total_flops(), backward.get_total_flops())
+    return Measured(flops, state, kept, live.peak, frozenset(executed.functions))
