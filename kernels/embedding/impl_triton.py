@@ -164,8 +164,9 @@ def config(C: int, itemsize: int) -> Config:
 
 
 def log_chunk_of(N: int) -> int:
-    """log₂ CHUNK: CHUNK is near √N/4 and at least 32, so that one program adds neither many rows nor many sums."""
-    return max(5, math.isqrt(N).bit_length() - 3)
+    """log₂ CHUNK: CHUNK is from √N/4 to √N/2, and at least 32, so that one program adds neither many rows nor many
+    sums."""
+    return max(5, (math.isqrt(N) - 1).bit_length() - 2)
 
 
 def _launch_forward(ids: Tensor, weight: Tensor) -> tuple[Tensor]:

@@ -1,7 +1,7 @@
 """gelu in Triton: one pass forward, one backward.
 
 Mathematics, with u = √(2/π)(x + 0.044715 x³) and Φ, φ the normal distribution and density:
-    "tanh":  y = x σ(2u)    dx = dy·(σ(2u) + x σ(2u)(1 - σ(2u))·2u')
+    "tanh":  y = x σ(2u)    dx = dy·(σ(2u) + x σ'(2u)·2u')
     "none":  y = x Φ(x)     dx = dy·(Φ(x) + x φ(x))
 in fp32; the kernels, which other activations share, are in kernels/lib/triton_pointwise.py.
 

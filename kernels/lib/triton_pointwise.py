@@ -3,8 +3,8 @@
 Mathematics. σ(z) = 1/(1 + e⁻ᶻ), Φ and φ the normal distribution and density:
 
     activation   a(x)                                    a'(x)
-    silu         x σ(x)                                  σ(x)(1 + x(1 - σ(x)))
-    gelu_tanh    x σ(2u)  (= x(1 + tanh u)/2)            σ(2u)(1 + x(1 - σ(2u))·2u')
+    silu         x σ(x)                                  σ(x) + x σ'(x)
+    gelu_tanh    x σ(2u)  (= x(1 + tanh u)/2)            σ(2u) + x σ'(2u)·2u'
                  u = √(2/π)(x + 0.044715 x³)             2u' = √(2/π)(2 + 0.26829 x²)
     gelu_erf     x Φ(x)                                  Φ(x) + x φ(x)
     relu2        max(x, 0)²                              2 max(x, 0)
@@ -12,8 +12,8 @@ Mathematics. σ(z) = 1/(1 + e⁻ᶻ), Φ and φ the normal distribution and dens
     one operand:  y = a(x)           dx = dy a'(x)
     gated:        y = a(gate)·up     dgate = dy up a'(gate)     dup = dy a(gate)
 
-All in fp32. Written so that no finite x gives ∞·0 or ∞ - ∞: the exponentials may overflow, and what divides by them is
-then the right 0. NaN stays NaN.
+All in fp32. With e = exp(-|z|), which is 1 at most, σ(z) is 1/(1 + e) or e/(1 + e), and σ'(z) = e/(1 + e)²: nothing
+cancels in either tail and nothing overflows, so that no finite x gives ∞·0 or ∞ - ∞. NaN stays NaN.
 
 Shapes: N rows (the product of the leading axes) · F width. A program has a tile of rows and columns; rows may lie
 apart by any stride, so the two halves of one projection are read where they are; other layouts are copied. Saved: the
@@ -41,7 +41,10 @@ ROOT_1_OVER_2PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def _sigmoid(z):
-    return 1 / (1 + tl.exp2(z * -LOG2E))
+    """σ(z) and σ'(z)."""
+    e = tl.exp2(tl.abs(z) * -LOG2E)
+    r = 1 / (1 + e)
+    return tl.where(z >= 0, r, e * r), e * r * r
 
 
 @triton.jit
@@ -51,40 +54,24 @@ def _saturate(x):
 
 
 @triton.jit
-def _value(x, ACTIVATION: tl.constexpr):
-    """a(x)."""
-    if ACTIVATION == "silu":
-        a = x * _sigmoid(x)
-    elif ACTIVATION == "gelu_tanh":
-        z = _saturate(x)
-        a = x * _sigmoid(z * (2 * ROOT_2_OVER_PI) * (1 + 0.044715 * z * z))
-    elif ACTIVATION == "gelu_erf":
-        a = x * (0.5 + 0.5 * tl.erf(x * ROOT_HALF))
-    else:
-        tl.static_assert(ACTIVATION == "relu2")
-        positive = tl.where(x <= 0, 0.0, x)
-        a = positive * positive
-    return a
-
-
-@triton.jit
 def _value_and_slope(x, ACTIVATION: tl.constexpr):
     """a(x) and a'(x)."""
     if ACTIVATION == "silu":
-        s = _sigmoid(x)
-        a, slope = x * s, s * (1 + x * (1 - s))
+        s, ds = _sigmoid(x)
+        value, slope = x * s, s + x * ds
     elif ACTIVATION == "gelu_tanh":
         z = _saturate(x)
-        s = _sigmoid(z * (2 * ROOT_2_OVER_PI) * (1 + 0.044715 * z * z))
-        a, slope = x * s, s * (1 + z * (1 - s) * (ROOT_2_OVER_PI * (2 + 0.26829 * z * z)))
+        s, ds = _sigmoid(z * (2 * ROOT_2_OVER_PI) * (1 + 0.044715 * z * z))
+        value, slope = x * s, s + z * ds * (ROOT_2_OVER_PI * (2 + 0.26829 * z * z))
     elif ACTIVATION == "gelu_erf":
-        cumulative = 0.5 + 0.5 * tl.erf(x * ROOT_HALF)
-        a, slope = x * cumulative, cumulative + x * (ROOT_1_OVER_2PI * tl.exp2(x * x * (-0.5 * LOG2E)))
+        distribution = 0.5 + 0.5 * tl.erf(x * ROOT_HALF)
+        z = _saturate(x)
+        value, slope = x * distribution, distribution + z * (ROOT_1_OVER_2PI * tl.exp2(z * z * (-0.5 * LOG2E)))
     else:
         tl.static_assert(ACTIVATION == "relu2")
         positive = tl.where(x <= 0, 0.0, x)
-        a, slope = positive * positive, 2 * positive
-    return a, slope
+        value, slope = positive * positive, 2 * positive
+    return value, slope
 
 
 @triton.jit
@@ -107,7 +94,8 @@ def _unary_forward(
 ):
     rows, columns, mask = _tile(N, F, BLOCK_N, BLOCK_F)
     x = tl.load(X + rows * stride_x + columns, mask, other=0.0).to(tl.float32)
-    tl.store(Y + rows * F + columns, _value(x, ACTIVATION).to(Y.dtype.element_ty), mask)
+    value, _ = _value_and_slope(x, ACTIVATION)  # the compiler drops what is not used
+    tl.store(Y + rows * F + columns, value.to(Y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -130,7 +118,8 @@ def _gated_forward(
     rows, columns, mask = _tile(N, F, BLOCK_N, BLOCK_F)
     gate = tl.load(GATE + rows * stride_gate + columns, mask, other=0.0).to(tl.float32)
     up = tl.load(UP + rows * stride_up + columns, mask, other=0.0).to(tl.float32)
-    tl.store(Y + rows * F + columns, (_value(gate, ACTIVATION) * up).to(Y.dtype.element_ty), mask)
+    value, _ = _value_and_slope(gate, ACTIVATION)
+    tl.store(Y + rows * F + columns, (value * up).to(Y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["N"])

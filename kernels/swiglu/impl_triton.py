@@ -1,7 +1,7 @@
 """swiglu in Triton: one pass forward, one backward.
 
 Mathematics, with s = σ(gate):
-    y = gate·s·up        dgate = dy·up·s(1 + gate(1 - s))        dup = dy·gate·s
+    y = gate·s·up        dgate = dy·up·(s + gate·s(1 - s))        dup = dy·gate·s
 in fp32; the kernels, which other activations share, are in kernels/lib/triton_pointwise.py.
 
 Shapes: gate and up (..., F), each with rows any stride apart: the halves of one projection are read where they are.
