@@ -7,7 +7,7 @@ elements; and the op's own beta1, beta2, eps, weight_decay.
 
 import torch
 
-from tritium.kernels.case import Case, Goal
+from tritium.kernels.case import Budget, Case, Goal
 
 STEPS = 4  # the contract runs this many, each from the state the one before left
 CASES = (
@@ -21,6 +21,9 @@ CASES = (
     Case("skipped", {"K": 3, "P": 64}, {"skip": 2, "weight_decay": 0.1}),
     Case("first_skipped", {"K": 2, "P": 33}, {"skip": 1, "clip": 0.5}),
     Case("other_betas", {"K": 2, "P": 50}, {"beta1": 0.8, "beta2": 0.999, "eps": 1e-6}),
+    Case("beta1", {"K": 1, "P": 20}, {"beta1": 0.8, "weight_decay": 0.1}),
+    Case("beta2", {"K": 1, "P": 20}, {"beta2": 0.999, "weight_decay": 0.1}),
+    Case("eps", {"K": 1, "P": 20}, {"eps": 1e-3, "weight_decay": 0.1}),
     Case("several_tiles", {"K": 2, "P": 70_000}, {"weight_decay": 0.1, "clip": 0.9}),
     *(Case(f"gpt2_{name}", {"K": K, "P": P}, {"weight_decay": 0.1}, large=True) for name, K, P in
       (("124m", 148, 50304 * 768), ("1558m", 580, 50304 * 1600))),
@@ -101,4 +104,5 @@ def bytes_backward(case: Case, dtype: torch.dtype) -> int:
     return 0
 
 
+BUDGETS = (Budget("_update", registers=64, threads=1024, needs=("wide loads", "wide stores")),)
 GOALS = (Goal("*", "update", 2.85, "TB/s"),)
