@@ -6,7 +6,7 @@ Options (facts about the tensors): empty (False): one tensor has no elements; sc
 import torch
 
 from tritium.kernels.adamw import cases as adamw
-from tritium.kernels.case import Case
+from tritium.kernels.case import Budget, Case, Goal
 
 CASES = (
     Case("one_element", {"K": 1, "P": 1}),
@@ -51,3 +51,7 @@ def bytes(case: Case, dtype: torch.dtype) -> int:
 def bytes_backward(case: Case, dtype: torch.dtype) -> int:
     """None: it has no gradient."""
     return 0
+
+
+BUDGETS = (Budget("_norm", registers=48, threads=1280, needs=("wide loads",)),)
+GOALS = (Goal("*", "forward", 2.85, "TB/s"),)
