@@ -11,12 +11,13 @@ from tritium.kernels.case import Case
 from tritium.kernels.layer_norm import cases as layer_norm
 
 CASES = layer_norm.CASES
+BUDGETS = layer_norm.BUDGETS
 
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, object]:
     found = layer_norm.inputs(case, dtype, device, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    residual = torch.randn(*layer_norm.leading(case), case.shape["C"], generator=generator)
+    residual = layer_norm.values(torch.randn(*layer_norm.leading(case), case.shape["C"], generator=generator), case)
     return {"x": found.pop("x"), "residual": residual.to(device, dtype).requires_grad_(), **found}
 
 

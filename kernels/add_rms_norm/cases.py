@@ -11,12 +11,14 @@ from tritium.kernels.case import Case
 from tritium.kernels.rms_norm import cases as rms_norm
 
 CASES = rms_norm.CASES
+BANNED = rms_norm.BANNED
+BUDGETS = rms_norm.BUDGETS
 
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, object]:
     found = rms_norm.inputs(case, dtype, device, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    residual = torch.randn(*rms_norm.leading(case), case.shape["C"], generator=generator)
+    residual = rms_norm.values(torch.randn(*rms_norm.leading(case), case.shape["C"], generator=generator), case)
     return {"x": found.pop("x"), "residual": residual.to(device, dtype).requires_grad_(), **found}
 
 

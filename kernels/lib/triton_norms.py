@@ -223,7 +223,7 @@ def _add_partials(PARTIAL, DWEIGHT, DBIAS, P, C: tl.constexpr, BLOCK_N: tl.const
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
-MAX_FORWARD, MAX_BACKWARD = 32768, 8192  # columns of a tile that holds whole rows: of more, registers would spill
+MAX_FORWARD, MAX_BACKWARD = 16384, 8192  # columns of a tile that holds whole rows: of more, registers would spill
 
 
 class Config(NamedTuple):
@@ -260,10 +260,15 @@ def config(C: int, itemsize: int, *, add: bool, backward: bool) -> Config:
     return Config(BLOCK_N, BLOCK_C, num_warps=min(max(BLOCK_N * BLOCK_C // (32 * each), 4), 16))
 
 
+def shares_config(most: int, C: int) -> Config:
+    """The tile that adds up to ``most`` programs' rows of C sums: all rows at once, 32 sums a thread."""
+    BLOCK_N = min(launch.power_of_two(most), 512)
+    return Config(BLOCK_N, max(min(8192 // BLOCK_N, launch.power_of_two(C)), 16), num_warps=8)
+
+
 _launch_forward, _launch_forward_wide = launch.Kernel(_forward), launch.Kernel(_forward_wide)
 _launch_means_wide, _launch_backward = launch.Kernel(_means_wide), launch.Kernel(_backward)
 _launch_add_partials = launch.Kernel(_add_partials)
-_SHARES = Config(512, 16, num_warps=8)  # all programs' shares at once
 
 
 @cache
@@ -366,7 +371,8 @@ def backward(
         return found
     tile = config(C, s.element_size(), add=ds is not None, backward=True)
     tiles = launch.cdiv(C, tile.BLOCK_C)
-    P = min(launch.cdiv(N, tile.BLOCK_N), max(launch.processors() * tile.programs // tiles, 1))
+    most = max(launch.processors() * tile.programs // tiles, 1)
+    P = min(launch.cdiv(N, tile.BLOCK_N), most)
     dy, stride_dy = _rows(dy, C)
     s, stride_s = _rows(s, C)
     stride_ds = 0
@@ -396,8 +402,9 @@ def backward(
             dy, ds, s, weight, mean, rstd, means, dx, partial, stride_dy, stride_ds, stride_s, N,
         )  # fmt: skip
         if partial is not None:
+            adding = shares_config(most, C)
             _launch_add_partials(
-                (launch.cdiv(C, _SHARES.BLOCK_C), partial.shape[0]), _constants(_SHARES, ("BLOCK_N", "BLOCK_C"), C=C),
+                (launch.cdiv(C, adding.BLOCK_C), partial.shape[0]), _constants(adding, ("BLOCK_N", "BLOCK_C"), C=C),
                 partial, dweight, None if bias is None else dbias, P,
             )  # fmt: skip
     return found
