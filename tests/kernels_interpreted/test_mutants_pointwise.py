@@ -71,8 +71,7 @@ MUTANTS = [
     Mutant("embedding", "last columns forgotten", "mask & (columns < C)", "mask & (columns < C // BLOCK_C * BLOCK_C)",
               "several_tiles"),
     Mutant("embedding", "gradient times 1.02", "total.to(DWEIGHT", "(total * 1.02).to(DWEIGHT", "odd"),
-    Mutant("embedding", "first of a run only", "at = first + i + j\n", "at = first + i + j + 0 * last\n"
-           "            last = first + 1\n", "repeated"),
+    Mutant("embedding", "first of a run only", "mask = at < last", "mask = at < tl.minimum(last, first + 1)", "repeated"),
     Mutant("embedding", "whole chunks forgotten", "total = _add_rows(total, SUMS, None, first, last,",
            "total = _add_rows(total, SUMS, None, first, first,", "one_id"),
     Mutant("embedding", "the first whole chunk forgotten", "total = _add_rows(total, SUMS, None, first, last,",
