@@ -5,9 +5,10 @@ a copy to the CPU) it waits until the device has caught up, and the device then 
 rules hold for tensors on any device, so that a training step on CPU tensors, or on fake ones, shows what would happen
 on a GPU.
 
-A dispatch mode sees the ops (in backward too), a function mode what reads a CPU tensor's memory without one. Ops inside
-a custom op are not seen: there, on a GPU, torch's own sync debug mode is switched on as well. torch.compile does not
-compile under a dispatch mode: of a compiled step, ``reason`` judges the nodes of the graph.
+A dispatch mode sees the ops (in backward too), a function mode what reads a CPU tensor's memory without one. Our ops
+run as they do in eager training, so that what their launchers call is seen as well; inside other custom ops, and inside
+ours on fake tensors, nothing is. On a GPU torch's own sync debug mode, which is deeper, is switched on beside them.
+torch.compile does not compile under a dispatch mode: of a compiled step, ``reason`` judges the nodes of the graph.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tritium.kernels import autograd
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _MASKS = (torch.bool, torch.uint8)
@@ -38,11 +42,16 @@ class HostSync(RuntimeError):
     """The host would have waited for the device."""
 
 
-def reason(function: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}, result: Any = None) -> str | None:
+def reason(
+    function: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}, device: str | None = None
+) -> str | None:
     """Why the host waits for the device to run ``function`` (an OpOverload) on these arguments, or None.
 
-    Tensors may be real or fake; result: where a copy went.
+    Tensors may be real or fake. device: the kind of device that the host must not wait for ("cuda"); what concerns no
+    tensor of it is the host's own business. None: tensors on any device stand for those of a GPU.
     """
+    if device is not None and device not in _devices(args, kwargs):
+        return None
     name = getattr(function, "_opname", "")
     if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"):
         masks = [i for i in args[1] if isinstance(i, Tensor) and i.dtype in _MASKS]
@@ -64,11 +73,18 @@ def reason(function: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = 
     if torch.Tag.dynamic_output_shape in tags:
         return "reads the shape of its result from the data"
     if name in ("_to_copy", "copy_", "copy"):
-        return _copy(name, args, kwargs, result)
+        return _copy(name, args, kwargs)
     return None
 
 
-def _copy(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> str | None:
+def _devices(args: Any, kwargs: Any) -> set[str]:
+    leaves = tree_leaves((args, kwargs))
+    return {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} | {
+        leaf.type for leaf in leaves if isinstance(leaf, torch.device)
+    }
+
+
+def _copy(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """A copy between host and device, unless it does not wait."""
     if name == "_to_copy":
         source, target = args[0].device, torch.device(kwargs.get("device") or args[0].device)
@@ -82,33 +98,34 @@ def _copy(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
 
 
 class _Dispatch(TorchDispatchMode):
-    def __init__(self, judge: Callable[[str, str], None]):
+    def __init__(self, judge: Callable[[str, str], None], device: str | None):
         super().__init__()
-        self.judge = judge
+        self.judge, self.device = judge, device
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = reason(function, args, kwargs or {})
+        found = reason(function, args, kwargs or {}, self.device)
         if found is not None:
             self.judge(str(function), found)
         return function(*args, **(kwargs or {}))
 
 
 class _Functions(TorchFunctionMode):
-    def __init__(self, judge: Callable[[str, str], None]):
+    def __init__(self, judge: Callable[[str, str], None], device: str | None):
         super().__init__()
-        self.judge = judge
+        self.judge, self.device = judge, device
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _METHODS:
+        if function in _METHODS and self.device in (None, args[0].device.type):
             self.judge(f"Tensor.{function.__name__}", "reads the data on the host")
         return function(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
-def forbidden(allow: Collection[Callable[..., Any]] = ()) -> Iterator[list[str]]:
+def forbidden(allow: Collection[Callable[..., Any]] = (), device: str | None = None) -> Iterator[list[str]]:
     """HostSync for every host synchronisation within; yields the list of those that were allowed, as "OP at FILE:LINE".
 
-    allow: functions in whose calls the host may wait, e.g. the one that logs a step that is long done.
+    allow: functions in whose calls the host may wait, e.g. the one that logs a step that is long done. device: as for
+    ``reason``.
     """
     codes = {getattr(f, "__wrapped__", f).__code__ for f in allow}
     seen: list[str] = []
@@ -131,12 +148,14 @@ def forbidden(allow: Collection[Callable[..., Any]] = ()) -> Iterator[list[str]]
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     before = torch.cuda.get_sync_debug_mode() if on_gpu else 0
     original, torch.cuda.synchronize = torch.cuda.synchronize, synchronize
+    autograd.watching += 1
     try:
-        if on_gpu and not codes:  # it knows no exceptions
+        if on_gpu and not codes:  # that one knows no exceptions
             torch.cuda.set_sync_debug_mode("error")
-        with _Functions(judge), _Dispatch(judge):
+        with _Functions(judge, device), _Dispatch(judge, device):
             yield seen
     finally:
+        autograd.watching -= 1
         torch.cuda.synchronize = original
         if on_gpu:
             torch.cuda.set_sync_debug_mode(before)
