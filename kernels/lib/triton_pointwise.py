@@ -35,7 +35,6 @@ from tritium.kernels.lib.triton_math import LOG2E
 
 GELU = {"tanh": "gelu_tanh", "none": "gelu_erf"}  # the op's argument approximate → ACTIVATION
 ROOT_2_OVER_PI = tl.constexpr(0.7978845608028654)
-ROOT_HALF = tl.constexpr(0.7071067811865476)
 ROOT_1_OVER_2PI = tl.constexpr(0.3989422804014327)
 
 
@@ -54,6 +53,23 @@ def _saturate(x):
 
 
 @triton.jit
+def _normal(x):
+    """Φ(x) to 2e-7, and to 1e-5 of itself as far as -5, where 1 + erf has cancelled; and φ(x).
+
+    Φ(-|x|) = exp(-x²/2)·t·P(t) with t = 1/(1 + |x|/4); P of degree 6 is a minimax fit whose own error is 7e-9. The
+    exponential serves φ too, and gelu's forward takes 29 instructions an element for 37 with erf, where a processor has
+    about 38 while the memory brings a 16-bit one.
+    """
+    t = 1 / (1 + 0.25 * tl.abs(x))
+    p = 0.34737363370318364 + t * -0.09293233527155409
+    p = 0.2901137143985035 + t * (-0.2770515337723369 + t * p)
+    p = 0.0987469800035792 + t * (0.11314081330225456 + t * (0.02060872081744075 + t * p))
+    e = tl.exp2(x * x * (-0.5 * LOG2E))
+    tail = e * t * p
+    return tl.where(x >= 0, 1 - tail, tail), e * ROOT_1_OVER_2PI
+
+
+@triton.jit
 def _value_and_slope(x, ACTIVATION: tl.constexpr):
     """a(x) and a'(x)."""
     if ACTIVATION == "silu":
@@ -64,9 +80,8 @@ def _value_and_slope(x, ACTIVATION: tl.constexpr):
         s, ds = _sigmoid(z * (2 * ROOT_2_OVER_PI) * (1 + 0.044715 * z * z))
         value, slope = x * s, s + z * ds * (ROOT_2_OVER_PI * (2 + 0.26829 * z * z))
     elif ACTIVATION == "gelu_erf":
-        distribution = 0.5 + 0.5 * tl.erf(x * ROOT_HALF)
-        z = _saturate(x)
-        value, slope = x * distribution, distribution + z * (ROOT_1_OVER_2PI * tl.exp2(z * z * (-0.5 * LOG2E)))
+        distribution, density = _normal(x)
+        value, slope = x * distribution, distribution + x * density
     else:
         tl.static_assert(ACTIVATION == "relu2")
         positive = tl.where(x <= 0, 0.0, x)

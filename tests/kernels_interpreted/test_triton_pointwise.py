@@ -220,17 +220,19 @@ def test_nan_stays_nan(activation):
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 def test_gelu_in_fp32_is_accurate_over_its_whole_range(approximate):
-    """Relative to the largest, to rounding; the negative tail as close as 1 + erf allows."""
     x = torch.linspace(-9, 9, 1801)
-    exact = torch.nn.functional.gelu(x.double().requires_grad_(), approximate=approximate)
-    leaf = x.clone().requires_grad_()
+    wide, leaf = x.double().requires_grad_(), x.clone().requires_grad_()
+    exact = torch.nn.functional.gelu(wide, approximate=approximate)
     y = gelu.gelu(leaf, approximate)
-    error = (y.detach().double() - exact.detach()).abs()
-    assert (error <= 4 * 2**-24 * x.abs().clamp(min=1e-3)).all()
-    (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
-    wide = x.double().requires_grad_()
-    (slope,) = torch.autograd.grad(torch.nn.functional.gelu(wide, approximate=approximate).sum(), wide)
-    assert ((dx.double() - slope).abs() <= 16 * 2**-24).all()
+    error = (y.double() - exact).abs().detach()
+    assert (error <= 4 * 2**-24 * x.abs()).all()
+    (dx,) = torch.autograd.grad(y.sum(), leaf)
+    (slope,) = torch.autograd.grad(exact.sum(), wide)
+    assert ((dx.double() - slope).abs() <= 8 * 2**-24).all()
+    if approximate == "none":  # the tail that 1 + erf would lose: torch's own is 4 % off at -5
+        true = (wide * 0.5 * torch.special.erfc(-wide * 0.5**0.5)).detach()
+        tail = (x < -1) & (x > -8)
+        assert ((y.double() - true).abs()[tail] <= 1e-4 * true.abs()[tail]).all()
 
 
 # ---------------------------------------------------------------------------------------------------------- embedding
