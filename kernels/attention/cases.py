@@ -57,7 +57,9 @@ CASES = (
     _case("more_keys_negative_softcap", 2, 6, 17, 2, 2, 8, scale=-0.4, softcap=2.0),
     _case("more_keys_documents", 2, 9, 30, 2, 1, 8, documents=True),
     _case("window_softcap", 1, 21, 21, 2, 2, 8, window=5, softcap=2.0),
-    _case("more_queries_zero", 1, 9, 4, 2, 2, 8, scale=0.0),
+    _case("more_queries_zero_softcap", 1, 9, 4, 2, 2, 8, scale=0.0, softcap=2.0),
+    _case("more_keys_documents_full_negative_softcap", 1, 10, 13, 2, 1, 8,
+          documents=True, causal=False, scale=-0.4, softcap=2.0),
     *(_case(f"{name}_{T // 1024}k", B, T, T, H, G, D, large=True) for name, H, G, D in
       (("gpt2_124m", 12, 12, 64), ("gpt2_1558m", 25, 25, 64), ("llama_8b", 32, 8, 128))
       for B, T in ((16, 1024), (4, 4096), (1, 16384))),
@@ -88,15 +90,16 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int
 def seq_start(case: Case) -> torch.Tensor:
     """Documents whose lengths differ within and between rows; a function of the case, so its FLOPs are one number."""
     B, Tq, Tk = (case.shape[letter] for letter in ("B", "Tq", "Tk"))
-    starts = torch.zeros(B, Tq, dtype=torch.int32)
+    rows = []
     for b in range(B):
-        begin, number = 0, 0
+        begin, number, starts = 0, 0, []
         for i in range(Tq):
             length = 1 + (3 + 5 * b + 7 * number) * max(Tk // 24, 1)
             if i + Tk - Tq - begin >= length:
                 begin, number = begin + length, number + 1
-            starts[b, i] = begin
-    return starts
+            starts.append(begin)
+        rows.append(starts)
+    return torch.tensor(rows, dtype=torch.int32).reshape(B, Tq)
 
 
 def exact_zeros(case: Case, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -156,6 +159,10 @@ def exponentials_backward(case: Case) -> int:
     return exponentials(case)
 
 
+BANNED = {
+    ("dropout", "not seed"): "weights are dropped by the seed, so without one there is nothing to compute",
+    ("not dropout", "seed"): "the seed is for dropping weights, so without dropout nothing reads it",
+}
 BUDGETS = (
     Budget("_delta", threads=1024, needs=("wide loads",), fixed=True),
     Budget("_forward", needs=("tensor core", "wide loads")),

@@ -11,6 +11,11 @@ def attention(name: str, before: str, after: str, case: str = "more_queries", **
     return Mutant("attention", name, before, after, case, **options)
 
 
+def with_lse(name: str, before: str, after: str, case: str = "more_queries") -> Mutant:
+    """A fault in attention's kernels that attention_lse must see."""
+    return Mutant("attention_lse", name, before, after, case, shared="tritium.kernels.attention.impl_triton")
+
+
 MUTANTS = [
     attention("last key dropped", "seen = j < Tk", "seen = j < Tk - 1", "cross"),
     attention("last key tile dropped", "last = tl.maximum(last, 0)\n    first = tl.minimum(tl.maximum(first, 0), last)",
@@ -34,15 +39,33 @@ MUTANTS = [
     attention("lse in base e", "m + tl.log2(", "m + tl.log("),
     attention("softcap not differentiated", "ds = ds * (1 - tanh_s * tanh_s)", "ds = ds", "softcap_short"),
     attention("softcap ignored", "s = softcap * tanh(s * (factor / softcap))", "s = s * factor", "softcap_short"),
-    attention("dropout not made up for", "keep_scale=1 / (1 - dropout)", "keep_scale=1.0", "dropout_short"),
+    attention("dropout not made up for", "1 / (1 - dropout)", "1.0", "dropout_short"),
     attention("dropout by another hash", "0x846CA68B", "0x846CA68D", "dropout_short"),
     attention("dropout missing in dv", "tl.where(kept, p * keep_scale, 0.0)", "p", "dropout_short"),
+    attention("sign forgotten", "return -x", "return x", "negative_short"),
+    attention("sign forgotten in the gradient of q", "dq * scale", "dq * tl.abs(scale)", "negative_short"),
+    attention("sign forgotten in the gradient of k", "dk * scale", "dk * tl.abs(scale)", "negative_short"),
+    attention("sign forgotten backward", "n0, Tk, stride_kt, BLOCK_N, D, BLOCK_D, True), SIGN)",
+              "n0, Tk, stride_kt, BLOCK_N, D, BLOCK_D, True), 1)", "negative_short"),
+    attention("scale zero taken for one", "return tl.zeros_like(x)", "return x", "zero_short"),
+    attention("gradient at scale zero", "dk * scale", "dk * factor", "zero_short"),
+    with_lse("gradient of the lse forgotten", "delta - dlse", "delta"),
+    with_lse("gradient of the lse added", "delta - dlse", "delta + dlse"),
+    with_lse("gradient of the lse times 1.02", "delta - dlse", "delta - dlse * 1.02"),
+    with_lse("gradient of another head's lse", "h * stride_lh", "(h + 1) % H * stride_lh"),
+    with_lse("lse returned in base 2", "lse * LN2", "lse"),
+    with_lse("lse of a blind query", 'float("-inf"), lse * LN2', "0.0, lse * LN2"),
+    with_lse("infinite lse of a blind query", 'float("-inf"), lse * LN2', "lse, lse * LN2"),
+    with_lse("lse of the scores before their cap", "to_base_2 = LOG2E", "to_base_2 = factor", "softcap_short"),
 ]  # fmt: skip
+
 # smaller than the op's own cases, for speed
 EXTRA = {
     "head_80_long": Case("head_80_long", {"B": 1, "Tq": 3, "Tk": 100, "H": 1, "G": 1, "D": 80}, {"scale": 2.0}),
     "two_groups": Case("two_groups", {"B": 1, "Tq": 4, "Tk": 4, "H": 4, "G": 2, "D": 8}),
     "softcap_short": Case("softcap_short", {"B": 1, "Tq": 6, "Tk": 6, "H": 1, "G": 1, "D": 16}, {"softcap": 2.0}),
+    "negative_short": Case("negative_short", {"B": 1, "Tq": 5, "Tk": 5, "H": 2, "G": 1, "D": 8}, {"scale": -0.7}),
+    "zero_short": Case("zero_short", {"B": 1, "Tq": 5, "Tk": 5, "H": 1, "G": 1, "D": 8}, {"scale": 0.0}),
     "dropout_short": Case("dropout_short", {"B": 1, "Tq": 9, "Tk": 9, "H": 1, "G": 1, "D": 8}, {"dropout": 0.3}),
 }
 
@@ -52,6 +75,6 @@ def test_mutant_turns_the_contract_red(mutant, tmp_path):
     assert_red(mutant, tmp_path, EXTRA)
 
 
-@pytest.mark.parametrize("mutant", {m.case: m for m in MUTANTS}.values(), ids=lambda m: m.case)
+@pytest.mark.parametrize("mutant", {(m.op, m.case): m for m in MUTANTS}.values(), ids=lambda m: f"{m.op}: {m.case}")
 def test_without_a_fault_these_cases_pass(mutant):
     assert_green(mutant, EXTRA)
