@@ -9,7 +9,7 @@ from triton.runtime.jit import JITFunction
 from tritium.kernels import aot, ops
 from tritium.kernels.attention import impl_triton as attention
 from tritium.kernels.case import Case
-from tritium.kernels.layer_norm import impl_triton as layer_norm
+from tritium.kernels.lib import triton_norms as norms
 
 BF16 = torch.bfloat16
 
@@ -82,7 +82,7 @@ def test_another_length_compiles_nothing_new():
 
 def test_a_tile_too_large_is_a_failure(monkeypatch, capsys):
     """A planted fault: 256 elements a thread of each operand must spill, and be reported."""
-    monkeypatch.setattr(layer_norm, "config", lambda C, backward: layer_norm.Config(8, 1024, 1, 1))
+    monkeypatch.setattr(norms, "config", lambda *_, **__: norms.Config(8, 1024, 1, 1, programs=1))
     assert aot.main(["layer_norm", "--arch", "sm_90", "--case", "gpt2_124m"]) == 1
     printed = capsys.readouterr().out
     assert "spills" in printed

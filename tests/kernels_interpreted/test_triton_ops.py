@@ -10,7 +10,6 @@ from tritium.kernels import ops
 from tritium.kernels.attention import impl_triton as attention
 from tritium.kernels.attention import reference as attention_reference
 from tritium.kernels.cross_entropy import impl_triton as cross_entropy
-from tritium.kernels.lib import triton_launch
 from tritium.kernels.linear_cross_entropy import impl_triton as linear_cross_entropy
 from tritium.kernels.site import Machine, Site
 
