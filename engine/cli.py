@@ -12,12 +12,14 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import fnmatch
 import importlib.metadata
 import importlib.util
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -884,17 +886,25 @@ class CheckOptions:
     """Flags of ``tritium kernels check``."""
 
     backend: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[BACKEND]")] = ""
-    """A backend's name, or the module path of your own; none: every backend, those that cannot run here are named."""
+    """A backend's name, or the module path of your own; none: every backend, held to the contract alone."""
     op: tuple[str, ...] = ()
     """Ops to check; none: every op that has the backend (a module path needs an op)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: a GPU when there is one."""
-    precision: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16")
-    """Dtypes to check."""
+    dtypes: tuple[Literal["fp32", "bf16", "fp16"], ...] = ()
+    """Dtypes to check and to measure; none: fp32 and bf16. Triton's interpreter computes bf16 wrongly: there, fp32."""
+    cases: tuple[str, ...] = ()
+    """Patterns of case names, whatever their size; none: small ones for the contract, large ones for the rest."""
+    arch: tuple[str, ...] = ()
+    """GPUs to compile Triton kernels for; none: this machine's, or sm_80, sm_90 and sm_100 where it has none."""
+    resources: bool = True
+    """Compile Triton kernels and look at registers, spills and shared memory."""
+    bench: bool = True
+    """Measure the backend against the reference."""
     compile: bool = False
     """Check inside torch.compile graphs (slow)."""
     large: bool = False
-    """Also the large cases, for a GPU."""
+    """Also hold the large cases to the contract, on a GPU."""
     seed: int = 0
     """Seed of the inputs."""
 
@@ -1007,15 +1017,17 @@ def _dtype(precision: str, machine: Any) -> Any:
 def _check_kernels(argv: list[str]) -> int:
     named = bool(argv) and not argv[0].startswith("-")
     about = (
-        "Hold backends to the contract: values, gradients, strides, determinism, memory, against the fp64 reference."
+        "Is this backend right, does it fit the GPU, how fast is it: the contract (values, gradients, strides, "
+        "determinism, memory, against the fp64 reference), what its Triton kernels take, and its speed against the "
+        "reference. Exit status 0 only for all three."
     )
     options = parse(CheckOptions, argv, "kernels check", about, positional=("backend",) if named else ())
     _check_seed("--seed", options.seed, limits=(-(1 << 32), (1 << 32) - 1))  # of it the contract makes others
     _find_modules_here([options.backend])
     import torch
 
-    from tritium.kernels.contract import check_all, format_reports
     from tritium.kernels.ops import OPS
+    from tritium.kernels.site import interpreting
 
     for name in options.op:
         if name not in OPS:
@@ -1035,30 +1047,148 @@ def _check_kernels(argv: list[str]) -> int:
             else f"the nearest are {_nearest(options.backend, known)}"
         )
         raise UsageError(f"no op has a backend {options.backend!r}; {near}")
-    dtypes = [{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[p] for p in options.precision]
+    names = sorted({case.name for op, _ in pairs for case in op.cases.CASES})
+    for pattern in options.cases:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise UsageError(f"--cases {pattern} matches no case; the nearest are {_nearest(pattern, names)}")
+    if bad := [arch for arch in options.arch if not re.fullmatch(r"sm_\d{2,3}", arch)]:
+        raise UsageError(f"--arch wants GPU architectures such as sm_90, not {bad[0]!r}")
     device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    verdicts = []
+    names = options.dtypes or (("fp32",) if interpreting() else DEFAULT_DTYPES)
+    if interpreting() and not options.dtypes:
+        print("Triton's interpreter computes bfloat16 wrongly: fp32 alone is held to the contract")
+    words = {}
     for op, backend in pairs:
-        reports = check_all(
-            op, backend, dtypes, device, compiled=options.compile, seed=options.seed, large=options.large
+        words[f"{op.name}.{backend}"] = _verdict(op, backend, device, names, options, alone=named)
+    kinds = [word.partition(":")[0] for word in words.values()]
+    if len(words) == 1:
+        print(f"\nverdict: {next(iter(words.values()))}")
+        return 0 if kinds == ["right"] else 1
+    print("\n" + "\n".join(f"{name}: {word}" for name, word in words.items()))
+    # a backend asked for by name must have been tried; of all there are, some are for other machines
+    worst = ("wrong", "not measured", "refused", "right") if named else ("wrong", "right", "refused")
+    overall = next(kind for kind in worst if kind in kinds)
+    print(f"verdict: {overall} ({', '.join(f'{kinds.count(kind)} {kind}' for kind in dict.fromkeys(kinds))})")
+    return 0 if overall == "right" else 1
+
+
+DEFAULT_DTYPES = ("fp32", "bf16")
+
+
+def _verdict(op: Any, backend: str, device: str, names: Sequence[str], options: CheckOptions, *, alone: bool) -> str:
+    """Hold one backend to the contract, and look at its kernels and its speed where ``alone``; prints what was found.
+
+    Returns ``right``, ``wrong: why``, ``refused: why`` or ``not measured: why``: right, as far as that shows.
+    """
+    import torch
+
+    from tritium.kernels.contract import check_all, format_reports
+
+    dtypes = [{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name] for name in names]
+    cases = [c for c in op.cases.CASES if any(fnmatch.fnmatchcase(c.name, p) for p in options.cases)]
+    if alone:
+        print(f"== contract of {op.name}.{backend}")
+    reports = check_all(
+        op, backend, dtypes, device, compiled=options.compile, seed=options.seed,
+        large=options.large or bool(cases), cases=cases or None,
+    )  # fmt: skip
+    print(format_reports(reports))
+    count = {status: sum(r.status == status for r in reports) for status in ("passed", "failed", "refused")}
+    word = (
+        "BREAKS the contract" if count["failed"] else "holds the contract" if count["passed"] else "refuses every case"
+    )
+    numbers = ", ".join(f"{n} {status}" for status, n in count.items())
+    print(f"{op.name}.{backend} on {device} {word} ({numbers})", flush=True)
+    wrong = [f"breaks the contract ({count['failed']} of {len(reports)} cases)"] if count["failed"] else []
+    if alone and options.resources:
+        print(f"\n== resources of {op.name}.{backend}", flush=True)
+        wrong += _check_resources(op, backend, device, options)
+    unmeasured = ""
+    if alone and options.bench:
+        print(f"\n== benchmark of {op.name}.{backend}", flush=True)
+        if wrong:
+            unmeasured = "not made: no speed is shown of a backend that is wrong"
+        elif not count["passed"]:
+            unmeasured = "not made: no case could be run here"
+        else:
+            unmeasured = _check_speed(op, backend, device, dtypes, reports, options)
+        print(unmeasured or "measured", flush=True)
+    if wrong:
+        return "wrong: " + "; ".join(wrong)
+    if not count["passed"]:
+        reasons = list(dict.fromkeys(r.reason for r in reports)) or ["there was none"]
+        return f"refused: no case could be run on {device}: {reasons[0]}"
+    if unmeasured:
+        return (
+            f"not measured: right as far as the contract shows, its speed unknown ({unmeasured}); --no-bench is content"
         )
-        print(format_reports(reports))
-        count = {status: sum(r.status == status for r in reports) for status in ("passed", "failed", "refused")}
-        word = (
-            "BREAKS the contract"
-            if count["failed"]
-            else "holds the contract"
-            if count["passed"]
-            else "refuses every case"
-        )
-        numbers = ", ".join(f"{n} {status}" for status, n in count.items())
-        verdicts.append((f"{op.name}.{backend} on {device} {word} ({numbers})", count))
-        print(verdicts[-1][0], flush=True)
-    if len(verdicts) > 1:
-        print("\n" + "\n".join(line for line, _ in verdicts))
-    failed = any(count["failed"] for _, count in verdicts)
-    tried = all(count["passed"] for _, count in verdicts) if named else any(count["passed"] for _, count in verdicts)
-    return 0 if tried and not failed else 1  # a backend asked for by name must have been tried
+    return "right"
+
+
+def _check_resources(op: Any, backend: str, device: str, options: CheckOptions) -> list[str]:
+    """Compile the backend's Triton kernels in a process of its own; prints what they take, returns what is wrong."""
+    from tritium.kernels.site import Machine
+
+    if importlib.util.find_spec("triton") is None:
+        print("not applicable: the package triton is not installed")
+        return []
+    from tritium.kernels import aot
+
+    archs = options.arch or ((Machine.here("cuda").arch,) if device == "cuda" else aot.ARCHS)
+    if unknown := [a for a in archs if a.removeprefix("sm_") not in map(str, aot.SHARED_LIMIT)]:
+        print(f"not looked at: nothing is known here of {', '.join(unknown)}")
+        return []
+    named = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    command = [
+        op.name,
+        "--backend",
+        backend,
+        "--arch",
+        *archs,
+        "--dtype",
+        *(named[p] for p in options.dtypes or DEFAULT_DTYPES),
+    ]
+    command += ["--quiet", *(["--case", *options.cases] if options.cases else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        found = aot.in_process(command, pathlib.Path(folder) / "found.json")
+    if found["lines"]:
+        print(aot.format_lines({found["version"]: found["lines"]}))
+    elif found["no_triton"]:
+        print("no Triton kernels: resources not applicable")
+        for text in found["notes"][:1]:
+            print(f"(called on tensors without memory: {text.splitlines()[0]})")
+    for text in found["errors"]:
+        print(f"FAILED: {text}")
+    for text in dict.fromkeys(text.split(": ", 1)[1] for text in found["refused"]):
+        print(f"refused: {text}")
+    over = {(line.resources.kernel, line.resources.arch, line.tile) for line in found["lines"] if line.problem}
+    wrong = [f"{len(over)} kernel{'s' if len(over) > 1 else ''} over the limits of the GPU"] if over else []
+    return wrong + ([f"{len(found['errors'])} calls fail when they are compiled"] if found["errors"] else [])
+
+
+def _check_speed(
+    op: Any, backend: str, device: str, dtypes: Sequence[Any], reports: Sequence[Any], options: CheckOptions
+) -> str:
+    """Time a backend that is right, interleaved with the reference; returns why that could not be done, or nothing."""
+    from tritium.benchmarks import kernels, timing
+    from tritium.kernels.site import interpreting
+
+    if interpreting():
+        return "not made: Triton's interpreter says nothing about speed; run this on a GPU, without TRITON_INTERPRET"
+    gate = kernels.Gate(device)
+    if not options.cases:  # else the gate sees to all small cases itself
+        gate.trust(reports)
+    request = kernels.check_request(op, backend, device, dtypes, ",".join(options.cases))
+    request.compiled = options.compile
+    refused: list[dict[str, str]] = []
+    made = False
+    for row in kernels.bench_ops(request, gate, timing.clock_for(device, scrub_bytes=256 << 20), refused):
+        print(row, flush=True)
+        made = made or row.backend == backend
+    if made:
+        return ""
+    reasons = [*gate.red, *(item["why"] for item in refused), "no case of the op was chosen"]
+    return f"not made: {reasons[0]}"
 
 
 # --------------------------------------------------------------------------------------------------------------- bench

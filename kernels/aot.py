@@ -40,7 +40,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -207,7 +206,7 @@ def _agrees(config: Mapping[str, Any], launched: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _watched_configs() -> Iterator[list[Mapping[str, Any]]]:
-    """What every function ``config`` or ``*_config`` of a loaded kernel module returns meanwhile (named tuples)."""
+    """What every function ``config`` or ``*_config`` of a loaded Triton module returns meanwhile (named tuples)."""
     returned: list[Mapping[str, Any]] = []
 
     def watch(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,13 +218,16 @@ def _watched_configs() -> Iterator[list[Mapping[str, Any]]]:
 
         return watched
 
-    found = [
-        (module, name, value)
+    modules = [
+        module
         for path, module in list(sys.modules.items())
-        if path.startswith("tritium.kernels.") and isinstance(module, ModuleType) and module.__name__ != __name__
-        for name, value in list(vars(module).items())
-        if (name == "config" or name.endswith("_config")) and callable(value)
+        if path.startswith("tritium.kernels.") and path.rpartition(".")[2].startswith(("impl_triton", "triton_"))
     ]
+    members = [(module, name, value) for module in modules for name, value in list(vars(module).items())]
+    found = [(m, n, value) for m, n, value in members if (n == "config" or n.endswith("_config")) and callable(value)]
+    for _, _, value in members:
+        if hasattr(value, "cache_clear"):  # what a launcher remembers of an earlier choice: it is to choose again
+            value.cache_clear()
     for module, name, function in found:
         setattr(module, name, watch(function))
     try:
@@ -499,13 +501,14 @@ class Job:
 
 @dataclass
 class Done:
-    """What came of a job. refused: reasons. errors: calls that raised. no_triton: it launched no Triton kernel and its
-    module has none."""
+    """What came of a job. refused: reasons. errors: calls that raised. no_triton: nothing launched a Triton kernel, and
+    the module has none; what the calls raised then, if they did, is in notes."""
 
     job: Job
     lines: list[Line] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     no_triton: bool = False
     seconds: float = 0.0
 
@@ -529,7 +532,7 @@ def run_job(job: Job) -> Done:
                 place = "".join(traceback.format_tb(error.__traceback__)[-2:]).rstrip()
                 done.errors.append(f"{op.name} {case.name} {job.arch}: {type(error).__name__}: {error}\n{place}")
     if tried and not done.lines and not any(isinstance(v, JITFunction) for v in vars(backend.module).values()):
-        done.no_triton, done.errors = True, []
+        done.no_triton, done.notes, done.errors = True, done.errors, []
     done.seconds = time.monotonic() - started
     return done
 
@@ -557,27 +560,30 @@ def run_jobs(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) ->
         return found
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
     results: dict[Job, Done] = {}
-    alone: list[Job] = []
-    try:
-        with ProcessPoolExecutor(min(processes, len(jobs)), spawn, _begin_worker) as pool:
-            pending: dict[Future[Done], Job] = {pool.submit(run_job, job): job for job in jobs}
+
+    def run(some: Sequence[Job], workers: int) -> list[Job]:
+        """Run some jobs; returns those that a process died over: one of them killed it, and the pool with it."""
+        pool, died = ProcessPoolExecutor(workers, spawn, _begin_worker), []
+        try:
+            pending: dict[Future[Done], Job] = {pool.submit(run_job, job): job for job in some}
             for future in as_completed(pending):
                 try:
                     results[pending[future]] = future.result()
                     tell(results[pending[future]])
-                except BrokenProcessPool:  # one job killed its process, and the pool with it; which one, shows alone
-                    alone.append(pending[future])
-        for job in alone:
-            with ProcessPoolExecutor(1, spawn, _begin_worker) as pool:
-                try:
-                    results[job] = pool.submit(run_job, job).result()
                 except BrokenProcessPool:
-                    results[job] = Done(job, errors=[f"{job}: the compiler ended its process"])
-                tell(results[job])
-    except KeyboardInterrupt:
-        for child in multiprocessing.active_children():
-            child.terminate()
-        raise
+                    died.append(pending[future])
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        return died
+
+    for job in run(jobs, min(processes, len(jobs))):
+        if run([job], 1):
+            results[job] = Done(job, errors=[f"{job}: the compiler ended its process"])
+            tell(results[job])
     return [results[job] for job in jobs]
 
 
@@ -648,12 +654,13 @@ def format_lines(found: Mapping[str, Sequence[Line]] | Sequence[Line]) -> str:
 FORECAST_HEAD = ("op", "case", "", "bound by", "bound, ms", "goal, ms", "goal / bound", "goal", "best published")
 
 
-def forecast_rows(ops: Sequence[Op], peak: peaks.Peak) -> list[tuple[str, ...]]:
-    """Rows under FORECAST_HEAD: of every large case the least time that the GPU's peaks allow, and the goal's."""
+def forecast_rows(ops: Sequence[Op], peak: peaks.Peak, patterns: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """Rows under FORECAST_HEAD: of every case (default: the large ones) the least time that the GPU's peaks allow, and
+    the goal's."""
     rows = []
     for op in ops:
-        for case in op.cases.CASES:
-            for f in peaks.forecast(op, case, peak) if case.large else ():
+        for case in (c for c in op.cases.CASES if _chosen(c, patterns)):
+            for f in peaks.forecast(op, case, peak):
                 goal = ("", "", "", "")
                 if f.goal is not None:
                     rate = f"{f.goal.rate:g} {f.goal.unit}"
@@ -744,6 +751,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: the cores)")
     parser.add_argument("--also", metavar="FOLDER", help="once more with the packages of this folder before the others")
     parser.add_argument("--json", type=Path, help="write what was found to this file, and print no table")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--write", type=Path, help="put the tables into this page")
     options = parser.parse_args(argv)
     if options.backend == "triton" and (unknown := [name for name in options.ops if name not in with_triton]):
@@ -765,16 +773,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace, ops: Sequence[Op]) -> int:
     def say(text: str) -> None:
-        print(f"triton {triton.__version__} {text}", file=sys.stderr, flush=True)
+        if not options.quiet:
+            print(f"triton {triton.__version__} {text}", file=sys.stderr, flush=True)
 
     jobs = jobs_of(ops, options.backend, options.arch, options.dtype, options.case)
+    say(f"compiles {len(jobs)} jobs in {min(options.jobs, len(jobs))} processes")
     done = run_jobs(jobs, options.jobs, say)
     result = {
         "version": triton.__version__,
         "lines": [line for d in done for line in d.lines],
         "refused": [text for d in done for text in d.refused],
         "errors": [text for d in done for text in d.errors],
-        "no_triton": bool(done) and all(d.no_triton or not d.lines for d in done) and any(d.no_triton for d in done),
+        "notes": [text for d in done for text in d.notes],
+        "no_triton": any(d.no_triton for d in done),
     }
     if options.json:
         options.json.write_text(json.dumps(result, default=_plain))
@@ -783,7 +794,7 @@ def _main(options: argparse.Namespace, ops: Sequence[Op]) -> int:
     found = {r["version"]: r["lines"] for r in results}
     if any(found.values()):
         print(format_lines(found))
-        rows = forecast_rows([op for op in ops if any(_chosen(c, ()) for c in op.cases.CASES)], peaks.H100)
+        rows = forecast_rows(ops, peaks.H100, options.case)
         print(f"\nForecast for one {peaks.H100.name}, not run: the least time its peaks allow, and the goal\n"
               f"{_text(FORECAST_HEAD, rows)}\n")  # fmt: skip
     for r in results:
@@ -822,6 +833,7 @@ def _other(options: argparse.Namespace) -> dict[str, Any]:
         command = [
             *options.ops, "--arch", *options.arch, "--dtype", *options.dtype, "--backend", options.backend,
             "--jobs", str(options.jobs), *(["--case", *options.case] if options.case else []),
+            *(["--quiet"] if options.quiet else []),
         ]  # fmt: skip
         return in_process(command, path, [os.path.abspath(options.also)])
 
