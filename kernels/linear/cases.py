@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from tritium.kernels.case import Case
+from tritium.kernels.case import Budget, Case
 
 _GPT2 = {"124m": 768, "350m": 1024, "774m": 1280, "1558m": 1600}
 CASES = (
@@ -74,3 +74,11 @@ def bytes_backward(case: Case, dtype: torch.dtype) -> int:
     """Read x, weight and dy, write dx, dweight and dbias."""
     N, C, F = math.prod(leading(case)), case.shape["C"], case.shape["F"]
     return dtype.itemsize * (2 * N * C + 2 * F * C + N * F + (F if case.options.get("bias", True) else 0))
+
+
+BUDGETS = (
+    Budget("_rows", needs=("tensor core", "wide loads", "wide stores")),
+    Budget("_weights", needs=("tensor core", "wide loads")),
+    Budget("_column_sums", registers=64, threads=1024, needs=("wide loads",)),
+    Budget("_add_parts", registers=64, threads=1024, needs=("wide loads",)),
+)
