@@ -19,9 +19,9 @@ CASES = (
     Case("repeated", {"B": 4, "T": 30, "V": 50, "C": 16}, {"distinct": 3}),
     Case("scalar", {"V": 6, "C": 5}),
     Case("several_tiles", {"N": 9, "V": 21, "C": 300}),
-    Case("one_id", {"N": 140, "V": 3, "C": 8}, {"distinct": 1}),
-    Case("long_runs", {"B": 2, "T": 75, "V": 11, "C": 24}, {"distinct": 2}),
-    Case("text", {"N": 90, "V": 40, "C": 24}, {"zipf": True}),
+    Case("one_id", {"N": 103, "V": 3, "C": 8}, {"distinct": 1}),
+    Case("long_runs", {"B": 2, "T": 55, "V": 5, "C": 24}, {"distinct": 2}),
+    Case("text", {"N": 60, "V": 24, "C": 24}, {"zipf": True}),
     *(
         Case(f"gpt2_{name}", {"B": 16, "T": 1024, "V": 50304, "C": C}, large=True)
         for name, C in {"124m": 768, "350m": 1024, "774m": 1280, "1558m": 1600}.items()

@@ -96,7 +96,10 @@ def _tile(N, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     tiles: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     program = tl.program_id(0)
     rows = (program // tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    columns = program % tiles * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    tile = program % tiles
+    if F >= 2**31:
+        tile = tile.to(tl.int64)
+    columns = tile * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     mask = rows < N
     if F % BLOCK_F != 0:
         mask = mask & (columns < F)

@@ -30,7 +30,7 @@ MUTANTS = [
     pointwise("relu2", "not squared", "positive * positive, 2", "positive, 2", "odd"),
     pointwise("relu2", "slope without its 2", "2 * positive", "positive", "odd"),
     pointwise("relu2", "gradient without dy", "(dy * slope)", "(slope)", "many"),
-    pointwise("relu2", "columns of the first tile only", "program % tiles * BLOCK_F", "0 * tiles", "several_tiles"),
+    pointwise("relu2", "columns of the first tile only", "columns = tile * BLOCK_F", "columns = 0 * BLOCK_F", "several_tiles"),
     # swiglu
     pointwise("swiglu", "up read where gate is", "tl.load(UP + rows * stride_up", "tl.load(UP + rows * F", "packed"),
     pointwise("swiglu", "gate's rows taken for dense", "x.is_contiguous()", "x.shape[0] > 0", "packed"),
@@ -93,6 +93,7 @@ def test_mutant_turns_the_contract_red(mutant, tmp_path):
     assert_red(mutant, tmp_path)
 
 
-@pytest.mark.parametrize("mutant", {(m.op, m.case, m.dtype): m for m in MUTANTS}.values(), ids=str)
+# in fp32 test_triton_pointwise.py runs every case
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.dtype != torch.float32], ids=str)
 def test_without_a_fault_these_cases_pass(mutant):
     assert_green(mutant)
