@@ -30,7 +30,8 @@ MUTANTS = [
     pointwise("relu2", "not squared", "positive * positive, 2", "positive, 2", "odd"),
     pointwise("relu2", "slope without its 2", "2 * positive", "positive", "odd"),
     pointwise("relu2", "gradient without dy", "(dy * slope)", "(slope)", "many"),
-    pointwise("relu2", "columns of the first tile only", "columns = tile * BLOCK_F", "columns = 0 * BLOCK_F", "several_tiles"),
+    pointwise("relu2", "columns of the first tile only", "columns = tile * BLOCK_F", "columns = 0 * BLOCK_F",
+              "several_tiles"),
     # swiglu
     pointwise("swiglu", "up read where gate is", "tl.load(UP + rows * stride_up", "tl.load(UP + rows * F", "packed"),
     pointwise("swiglu", "gate's rows taken for dense", "x.is_contiguous()", "x.shape[0] > 0", "packed"),
