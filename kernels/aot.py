@@ -463,18 +463,22 @@ def budgets_of(op: Op, kernel: str, arch: str, case: str) -> list[Budget]:
 
 def meta_inputs(op: Op, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """The case's inputs as meta tensors: shapes, strides and dtypes without memory, however large."""
+    key = (op.name, repr(case), dtype)
+    if key not in _meta_inputs:
+        with FakeTensorMode():
+            made = op.cases.inputs(case, dtype, "cpu", 0)
+        _meta_inputs[key] = {name: _meta(value) for name, value in made.items()}
+    return dict(_meta_inputs[key])
 
-    def meta(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            bare = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-            return bare.requires_grad_(value.requires_grad)
-        if isinstance(value, (list, tuple)):
-            return [meta(v) for v in value]
-        return value
 
-    with FakeTensorMode():
-        made = op.cases.inputs(case, dtype, "cpu", 0)
-    return {name: meta(value) for name, value in made.items()}
+_meta_inputs: dict[tuple[str, str, torch.dtype], dict[str, Any]] = {}  # a list of 1500 tensors takes seconds
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        bare = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return bare.requires_grad_(value.requires_grad)
+    return [_meta(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def refusal(op: Op, case: Case, arch: str, dtype: torch.dtype, backend: Backend) -> str | None:
