@@ -53,10 +53,20 @@ def layers(config: Config, count: int) -> Config:
     return config.replace(model={"n_layer": count})
 
 
+def _generator_state(device: object = None) -> Tensor:
+    return torch.empty(16, dtype=torch.uint8, device="cpu")
+
+
 @contextlib.contextmanager
 def present(compiler: Callable[..., object] | None = None) -> Iterator[None]:
     """The GPU is there: Machine.here() says so and new tensors are fake; compiler: torch.compile's backend."""
-    patches = [mock.patch.object(Machine, "here", staticmethod(lambda device=None: H100))]
+    patches = [
+        mock.patch.object(Machine, "here", staticmethod(lambda device=None: H100)),
+        # torch's flash attention counts as random: where it is computed again, a graph keeps the generator's state
+        torch._functorch.config.patch(graphsafe_rng_functionalization=False),
+        mock.patch.object(torch.cuda, "get_rng_state", _generator_state),
+        mock.patch.object(torch.cuda, "set_rng_state"),
+    ]
     if compiler is not None:
         patches.append(mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=compiler)))
     with contextlib.ExitStack() as stack:
@@ -147,10 +157,12 @@ class Graphs:
         return make_boxed_func(run)
 
     def targets(self, index: int | None = None) -> list[object]:
-        """What the nodes of all graphs (or of one) call, subgraphs (flex's functions) included."""
+        """What the nodes of all graphs (or of one) call, subgraphs (flex's functions) included. Of an op that is called
+        with a saved state of the generator: the op."""
         chosen = self.graphs if index is None else [self.graphs[index]]
         modules = [m for g in chosen for m in g.modules() if isinstance(m, torch.fx.GraphModule)]
-        return [n.target for m in modules for n in m.graph.nodes if n.op == "call_function"]
+        nodes = [n for m in modules for n in m.graph.nodes if n.op == "call_function"]
+        return [next((a for a in n.args if isinstance(a, torch._ops.OpOverload)), n.target) for n in nodes]
 
 
 class Live(TorchDispatchMode):
@@ -212,9 +224,10 @@ class Executed(TorchDispatchMode):
 
 
 KERNELS = {
-    "triton": {"*": "triton"},
+    "triton": {"*": "triton", "linear": "reference"},  # the GEMMs are cuBLAS's
+    "all_triton": {"*": "triton"},
     "reference": {"*": "reference"},
-    "sdpa_flash": {"*": "triton", "attention": "sdpa_flash"},
+    "sdpa_flash": {"*": "triton", "linear": "reference", "attention": "sdpa_flash"},
 }
 
 
