@@ -301,8 +301,8 @@ def check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bi
         )
 
 
-def allocate_forward(x: Tensor, *, add: bool, centre: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """y, s (if add), mean (if centre), rstd: what forward returns, without values."""
+def allocate_forward(x: Tensor, *, add: bool, centre: bool) -> tuple[Tensor, Any, Any, Tensor]:
+    """y, s (None unless add), mean (None unless centre), rstd: what forward returns, without values."""
     y = x.new_empty(x.shape)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return y, x.new_empty(x.shape) if add else None, torch.empty_like(rstd) if centre else None, rstd
@@ -317,7 +317,7 @@ def forward(
     eps: float,
     *,
     centre: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+) -> tuple[Tensor, Any, Any, Tensor]:
     """y, s = x + residual (None without a residual), mean (None unless centre: layer_norm), rstd. op: for messages."""
     check(op, x, residual, weight, bias)
     y, s, mean, rstd = found = allocate_forward(x, add=residual is not None, centre=centre)
