@@ -55,8 +55,9 @@ _ONE_ATEN_OP = ("linear", "layer_norm", "gelu")  # the references that have a na
 def apply(model: GPT, policy: str, keep: Collection[str] = ("attention", "linear")) -> None:
     """Make ``model`` recompute by ``policy`` from now on, in training with gradients only. Raises ConfigError.
 
-    Losses and gradients do not change, dropout included. keep: for "selective", ops whose results are kept. A model
-    that is bound must be bound before.
+    Losses and gradients do not change, dropout included; with the reference of rms_norm, swiglu, geglu, relu2 or an
+    add_* norm in ``keep``, up to the order in which the gradients of a tensor that it reads twice are added. keep: for
+    "selective", ops whose results are kept. A model that is to be bound must be bound before.
     """
     if policy not in POLICIES:
         raise ConfigError(f"train.recompute must be one of {', '.join(POLICIES)}, not {policy!r}")

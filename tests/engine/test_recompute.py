@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from tritium.engine import recompute
 from tritium.engine.config import ConfigError
 from tritium.engine.model import GPT, GPTConfig, call
-from tritium.kernels import op
+from tritium.kernels import op, ops
 
 T = 16
 SMALL = GPTConfig(vocab_size=61, vocab_multiple=16, block_size=T, n_layer=3, n_head=4, n_embd=32, init_std=0.2)
@@ -84,6 +84,59 @@ def test_losses_and_gradients_are_the_same_bit_for_bit(config, attention, policy
     recompute.apply(model, policy)
     for a, b in zip(step(model), expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_everything_kept_is_the_same(config):
+    """With the references of several aten ops as one op each, bound and not: up to the order in which the gradients of
+    a tensor that a reference reads twice are added."""
+    expected = step(build(config))
+    for bound in (False, True):
+        model = build(config)
+        if bound:
+            op.bind(model, "reference")
+        recompute.apply(model, "selective", recompute.KEEPABLE)
+        for a, b in zip(step(model), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_reference_is_one_op_only_while_it_is_kept(bound):
+    model = build(LLAMA)
+    if bound:
+        op.bind(model, {"*": "reference", "attention": "native"})
+    sites = [site for _, site in op.call_sites(model.blocks)]
+    before = [site.function for site in sites]
+    recompute.apply(model, "selective", ("rms_norm", "rope", "attention", "linear"))
+    named = {site.op.name for site, function in zip(sites, before, strict=True) if site.function is not function}
+    assert named == {"rms_norm", "rope"} | (set() if bound else {"attention"})
+    if bound:
+        model.eval()
+        assert [site.function for site in sites] == before
+        model.train()
+        assert all(
+            (site.function is recompute.named(site.op)) == (site.op.name in named)
+            for site in sites
+            if site.op.name != "linear"
+        )
+    for policy in ("full", "none"):
+        recompute.apply(model, "selective", ("rms_norm",))
+        recompute.apply(model, policy)
+        assert [site.function for site in sites] == before
+    assert model.head.linear.function is ops.linear.reference
+
+
+def test_a_kept_references_inside_is_computed_by_its_own_backward():
+    """Its result is kept: rms_norm's rsqrt runs again once for each norm, and nothing before it does."""
+    model = build(dataclasses.replace(LLAMA, qk_norm=False))
+    recompute.apply(model, "selective", recompute.KEEPABLE)
+    with Executed() as mode:
+        loss = model(IDS, TARGETS)
+        forward = dict(mode.counts)
+        loss.backward()
+    assert forward["rms_norm_reference"] == mode.counts["rms_norm_reference"] == 2 * 3
+    assert forward["attention_reference"] == mode.counts["attention_reference"] == 3
+    assert mode.counts["mm"] - forward["mm"] == 2 * (4 * 3 + 1), "two for each linear layer and the head, none again"
 
 
 def test_dropout_draws_the_same_in_a_row_of_steps():
@@ -189,6 +242,9 @@ def test_our_custom_ops_are_known_by_their_op():
     assert recompute.op_of(torch.ops.aten.addmm.default) == "linear"
     assert recompute.op_of(torch.ops.aten.add.Tensor) is None
     assert recompute.op_of(torch.ops.higher_order.flex_attention) == "attention"
+    for name in ("_flash_attn_forward", "_flash_attn_varlen_forward"):  # the names flash-attn 2.8.3 registers
+        other = torch.library.custom_op(f"flash_attn::{name}", double, mutates_args=())
+        assert recompute.op_of(other._opoverload) == "attention"
 
 
 def test_unknown_policies_and_ops_are_refused():
