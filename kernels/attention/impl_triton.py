@@ -545,7 +545,8 @@ TILES = {
 }  # fmt: skip
 
 
-# where a feature needs registers that the tile above does not leave: "mask" is documents or a window
+# where features need registers that the tile above does not leave: "mask" is documents or a window, "several" more than
+# one feature
 SMALLER = {
     ("forward", "ampere", 128, "mask"): Config(128, 32, 8, 3),
     ("forward", "ampere", 128, "softcap"): Config(128, 32, 8, 3),
@@ -553,10 +554,13 @@ SMALLER = {
     ("backward_keys", "ampere", 128, "mask"): Config(32, 64, 8, 2),
     ("backward_keys", "ampere", 128, "softcap"): Config(32, 64, 8, 2),
     ("backward_keys", "ampere", 128, "dropout"): Config(32, 64, 8, 2),
+    ("backward_keys", "hopper", 64, "several"): Config(64, 64, 8, 2),
+    ("backward_keys", "hopper", 128, "several"): Config(32, 64, 8, 2),
     ("backward_keys", "blackwell", 64, "mask"): Config(32, 64, 8, 2),
     ("backward_queries", "ampere", 64, "mask"): Config(64, 32, 4, 2),
     ("backward_queries", "ampere", 64, "softcap"): Config(64, 32, 4, 2),
     ("backward_queries", "ampere", 64, "dropout"): Config(64, 32, 4, 2),
+    ("backward_queries", "hopper", 128, "several"): Config(64, 32, 8, 2),
     ("backward_queries", "blackwell", 128, "softcap"): Config(64, 32, 8, 2),
 }
 
@@ -564,14 +568,16 @@ SMALLER = {
 def config(kernel: str, arch: int, D: int, dtype: torch.dtype, features: Sequence[str] = ()) -> Config:
     """The tile of ``kernel``: "forward", "backward_keys" or "backward_queries"; features: "mask", "softcap", "dropout".
 
-    fp32 multiplies without tensor cores, in small tiles.
+    fp32 multiplies without tensor cores, in small tiles: a thread holds whole rows of both operands, D numbers each.
     """
     if dtype == torch.float32:
-        return Config(32, 32, 4 if D <= 64 else 8, 1)
+        if D <= 64:
+            return Config(32, 32, 8, 1)
+        return Config(16, 32 if D <= 128 and kernel == "forward" else 16, 8, 1)
     # what the tensor cores are: mma, warp-group mma, tcgen05; sm_120 has mma again
     family = "hopper" if arch // 10 == 9 else "blackwell" if arch // 10 in (10, 11) else "ampere"
     place = (kernel, family, 64 if D <= 64 else 128 if D <= 128 else 256)
-    for feature in features:
+    for feature in ["several", *features] if len(features) > 1 else features:
         if (*place, feature) in SMALLER:
             return SMALLER[*place, feature]
     return TILES[place]
@@ -675,7 +681,7 @@ def backward(
     arch = launch.arch()
     keys = _plan("backward_keys", arch, *options)
     queries = _plan("backward_queries", arch, *options)
-    delta = torch.empty_like(lse)
+    delta = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
     db, dt, dh, _ = dy.stride()
     lb, lh, lt = (0, 0, 0) if dlse is None else dlse.stride()
     strides = (
