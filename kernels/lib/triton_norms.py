@@ -250,7 +250,8 @@ def config(C: int, itemsize: int, *, add: bool, backward: bool) -> Config:
         BLOCK_N = min(max(elements // BLOCK_C, 1), 256)
         num_warps = min(max(BLOCK_N * BLOCK_C // 256, 4), 16)
         STAGES = 3 if BLOCK_N * BLOCK_C * itemsize <= 16384 else 2
-        return Config(BLOCK_N, BLOCK_C, num_warps, STAGES, programs=max(24 // num_warps, 1))
+        warps = 16 if C % 16 else 24  # on a processor; narrow loads, of rows that are not aligned, take more registers
+        return Config(BLOCK_N, BLOCK_C, num_warps, STAGES, programs=max(warps // num_warps, 1))
     if C > MAX_FORWARD:
         BLOCK_C = min(MAX_FORWARD, 16384 // itemsize)
         return Config(1, BLOCK_C, num_warps=max(BLOCK_C // 512, 4), STAGES=2)
