@@ -17,7 +17,7 @@ from tritium.kernels.op import Op
 # base-2 exponentials that a processor does in a clock, 8.0 to 10.0 (CUDA C++ programming guide, arithmetic throughput)
 EXPONENTIALS_PER_CLOCK = 16
 # the ops whose FLOPs are products of matrices; the others' are done outside the tensor cores
-ON_TENSOR_CORES = ("attention", "linear", "linear_cross_entropy")
+ON_TENSOR_CORES = ("attention", "attention_lse", "linear", "linear_cross_entropy")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tritium.kernels.case import Case
 CASES = tuple(case for case in attention.CASES if not case.options.get("dropout"))
 
 BUDGETS, GOALS = attention.BUDGETS, attention.GOALS
+exponentials, exponentials_backward = attention.exponentials, attention.exponentials_backward
 
 inputs = attention.inputs
 visible = attention.visible

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tritium.kernels.case import Case
+from tritium.kernels.case import Budget, Case
 
 CASES = (
     Case("one", {"N": 1, "V": 1, "C": 1}),
@@ -75,3 +75,12 @@ def bytes_backward(case: Case, dtype: torch.dtype) -> int:
     """Read the ids and dy, write the whole gradient of the table."""
     N = math.prod(_axes(case))
     return 8 * N + dtype.itemsize * (N + case.shape["V"]) * case.shape["C"]
+
+
+BUDGETS = (
+    Budget("_gather", registers=48, threads=1024, needs=("wide loads", "wide stores")),
+    Budget("_make_keys", registers=64, threads=1024, fixed=True),
+    Budget("_find_runs", registers=64, threads=1024, fixed=True),
+    Budget("_sum_chunks", registers=64, threads=1024, fixed=True),
+    Budget("_sum_runs", registers=64, threads=1024, needs=("wide loads", "wide stores")),
+)

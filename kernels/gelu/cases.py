@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from tritium.kernels.case import Case
+from tritium.kernels.case import Budget, Case
 
 # either side of where an exponential overflows or a term vanishes, and far beyond
 EXTREMES = (1e4, -1e4, 300.0, -300.0, 90.0, -90.0, 33.0, -33.0, 12.0, -12.0, 5.5, -5.5, 1e-4, -1e-4, 0.0, -0.0)
@@ -63,3 +63,6 @@ def bytes(case: Case, dtype: torch.dtype) -> int:
 def bytes_backward(case: Case, dtype: torch.dtype) -> int:
     """Read x and dy, write dx."""
     return 3 * dtype.itemsize * math.prod(axes(case))
+
+
+BUDGETS = (Budget("_unary_*", registers=64, threads=1024, needs=("wide loads", "wide stores")),)

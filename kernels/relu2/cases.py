@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tritium.kernels.case import Case
+from tritium.kernels.case import Budget, Case
 
 EXTREMES = (200.0, -200.0, -1e4, 1e-4, -1e-4, 0.0, -0.0)
 
@@ -64,3 +64,6 @@ def bytes(case: Case, dtype: torch.dtype) -> int:
 def bytes_backward(case: Case, dtype: torch.dtype) -> int:
     """Read x and dy, write dx."""
     return 3 * dtype.itemsize * math.prod(axes(case))
+
+
+BUDGETS = (Budget("_unary_*", registers=64, threads=1024, needs=("wide loads", "wide stores")),)

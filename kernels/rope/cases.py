@@ -6,7 +6,7 @@ parts of one tensor that holds v too, as a projection gives them.
 
 import torch
 
-from tritium.kernels.case import Case, Goal
+from tritium.kernels.case import Budget, Case, Goal
 
 
 def _case(name: str, B: int, T: int, H: int, G: int, D: int, R: int, large: bool = False, **options: object) -> Case:
@@ -83,6 +83,7 @@ def bytes_backward(case: Case, dtype: torch.dtype) -> int:
     return bytes(case, dtype)
 
 
+BUDGETS = (Budget("_turn", registers=64, threads=1024, needs=("wide loads", "wide stores")),)
 GOALS = (
     Goal("*", "forward", 2.8, "TB/s", "1.63 TB/s on an A100 (Liger)"),
     Goal("*", "backward", 2.8, "TB/s", "1.63 TB/s on an A100 (Liger)"),

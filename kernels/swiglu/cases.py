@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from tritium.kernels.case import Case, Goal
+from tritium.kernels.case import Budget, Case, Goal
 
 # either side of where an exponential overflows or a term vanishes, and far beyond
 EXTREMES = (1e4, -1e4, 300.0, -300.0, 90.0, -90.0, 33.0, -33.0, 12.0, -12.0, 5.5, -5.5, 1e-4, -1e-4, 0.0, -0.0)
@@ -70,6 +70,10 @@ def bytes_backward(case: Case, dtype: torch.dtype) -> int:
     return 5 * dtype.itemsize * math.prod(axes(case))
 
 
+BUDGETS = (
+    Budget("_gated_forward", registers=64, threads=1024, needs=("wide loads", "wide stores")),
+    Budget("_gated_backward", registers=80, threads=768, needs=("wide loads", "wide stores")),
+)
 GOALS = (
     Goal("*", "forward", 3.0, "TB/s", "3.05 TB/s (Liger)"),
     Goal("*", "backward", 2.85, "TB/s", "1.94 TB/s (Liger)"),
