@@ -194,7 +194,7 @@ class Head(nn.Module):
         if self.linear_cross_entropy is not None:
             return self.linear_cross_entropy(x, weight, targets, *options, with_grad=torch.is_grad_enabled())
         assert self.cross_entropy is not None
-        return self.cross_entropy(self.linear(x, weight.to(x.dtype)), targets, *options).sum()
+        return self.cross_entropy(self.linear(x, weight.to(x.dtype)), targets, *options, reduction="sum")
 
 
 def call(block: nn.Module, *args: Any) -> Tensor:

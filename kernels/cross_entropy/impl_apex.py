@@ -8,6 +8,7 @@ those are fp16.
 import torch
 from torch import Tensor
 
+from tritium.kernels.cross_entropy.reference import check_reduction, reduce
 from tritium.kernels.lib import nvidia_apex
 from tritium.kernels.site import Site
 
@@ -22,17 +23,19 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    reduction: str = "none",
 ) -> Tensor:
     """See the reference. ``z_loss`` and ``softcap`` must be 0; padded logits are copied without their padding."""
     from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
 
+    check_reduction(reduction)
     counted = targets != ignore_index
     labels = torch.where(counted, targets, 0)
     real = logits[:, :vocab_size].contiguous()
     # -1 is no label, so apex masks nothing; where() masks, and its backward gives apex a gradient of its own to write
     # into
     losses = SoftmaxCrossEntropyLoss.apply(real, labels, label_smoothing, -1, logits.dtype == torch.float16)
-    return torch.where(counted, losses, 0.0)
+    return reduce(torch.where(counted, losses, 0.0), targets, ignore_index, reduction)
 
 
 def unsupported(site: Site) -> str | None:
@@ -45,6 +48,8 @@ def unsupported(site: Site) -> str | None:
     if site.dtype not in (torch.float32, torch.float16):
         dtype = str(site.dtype).removeprefix("torch.")
         return f"apex's cross-entropy rounds the log-sum-exp to {dtype}; use float32 or float16 logits or choose triton"
+    if site.option("minus_infinity"):
+        return "apex's cross-entropy makes NaN of logits of -∞ (it adds 0 times their sum); choose triton or reference"
     if site.compiled:
         return (
             "apex's cross-entropy reads a tensor on the host backwards, which torch.compile cannot trace; choose triton"

@@ -3,6 +3,7 @@
 
 from torch import Tensor
 
+from tritium.kernels.cross_entropy.reference import check_reduction, reduce
 from tritium.kernels.site import Site, triton_unavailable
 
 UNPROVEN = "never run on a GPU: only its calls have been checked, against flash-attn 2.8.3's signatures"
@@ -16,10 +17,12 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    reduction: str = "none",
 ) -> Tensor:
     """See the reference. ``softcap`` must be 0."""
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
+    check_reduction(reduction)
     losses, _ = cross_entropy_loss(
         logits[:, :vocab_size],
         targets,
@@ -27,7 +30,7 @@ def cross_entropy(
         lse_square_scale=z_loss,
         ignore_index=ignore_index,
     )
-    return losses
+    return reduce(losses, targets, ignore_index, reduction)
 
 
 def unsupported(site: Site) -> str | None:

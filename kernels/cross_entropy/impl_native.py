@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritium.kernels.autograd import differentiable
+from tritium.kernels.cross_entropy.reference import check_reduction, reduce
 from tritium.kernels.lib import native
 from tritium.kernels.site import Site
 
@@ -141,10 +142,13 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    reduction: str = "none",
 ) -> Tensor:
-    """logits (N, Vp) fp32 or bf16, targets (N,) → losses (N,) fp32. A target that is no token raises ValueError with
-    its row."""
-    return _cross_entropy(logits, targets, vocab_size, ignore_index, label_smoothing, z_loss, softcap)
+    """logits (N, Vp) fp32 or bf16, targets (N,) → losses (N,) fp32, or their reduction (). A target that is no token
+    raises ValueError with its row."""
+    check_reduction(reduction)
+    losses = _cross_entropy(logits, targets, vocab_size, ignore_index, label_smoothing, z_loss, softcap)
+    return reduce(losses, targets, ignore_index, reduction)
 
 
 def unsupported(site: Site) -> str | None:

@@ -1,4 +1,4 @@
-"""cross_entropy in Triton: each row's loss in one pass over the logits, its gradient in a second.
+"""cross_entropy in Triton: each row's loss in one pass over the logits, its gradient in a second, or both in one.
 
 Mathematics, per row, over the V = vocab_size real columns (ε label_smoothing, ζ z_loss, t the target):
     z = logit, or c·tanh(logit/c) with softcap c        lse = log Σ_j exp z_j        p_j = exp(z_j - lse)
@@ -14,23 +14,33 @@ One program per row walks it in tiles of BLOCK_V columns: the running maximum is
 is added up once at the end, so a tile costs one exp2 per element and one reduction. Full tiles carry no mask, which
 keeps their loads wide. Saved: lse (N,) fp32, and the logits themselves.
 
-Bytes, for elements of b bytes: forward N·V·b, backward N·(V + Vp)·b; about 5 and 4 FLOPs a logit: the bound is memory
-bandwidth.
+A reduced loss ("sum", "mean") whose gradient is wanted has it in the forward launch already: the upstream gradient is
+one number, in training usually a one. That launch writes losses and dlogits, for an upstream of one (of 1/count for the
+mean, read on the device), into a buffer that is saved in the place of the logits; the second pass over a row finds it
+(100 KB of GPT-2's vocabulary in bf16) in the cache. Backward multiplies the buffer in place by the upstream gradient,
+by a kernel that returns at once where that is one, and hands it over: so a graph that is kept works once, and a second
+backward is autograd's own error about a tensor changed in place. Under torch.compile backward is a plain product, for
+the compiler to fuse. (fp16 takes two passes for the mean: 1/count would leave its range before a loss scale lifts it.)
 
-`losses_and_gradient_in_place` is for linear_cross_entropy: losses, and the gradient for an upstream of one written over
-the logits, in one launch. Its second pass finds the row (100 KB of GPT-2's vocabulary in bf16) in the cache.
+Bytes, for elements of b bytes: forward N·V·b, backward N·(V + Vp)·b; in one pass N·(V + Vp)·b together. About 5 and 4
+FLOPs a logit: the bound is memory bandwidth.
+
+`losses_and_gradient_in_place` is for linear_cross_entropy: the gradient goes over the logits.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from tritium.kernels.autograd import differentiable
+from tritium.kernels.autograd import bypass, differentiable
+from tritium.kernels.cross_entropy.reference import check_reduction, counted_rows, reduce
 from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.lib.triton_math import LN2, LOG2E, tanh
 from tritium.kernels.site import Site
@@ -170,24 +180,42 @@ def _backward(
 
 
 @triton.jit(do_not_specialize=["stride_target"])
-def _forward_backward_in_place(
-    LOGITS, TARGETS, LOSSES, stride_logits, stride_target, V, Vp, ignore_index, smoothing, z_loss, softcap,
-    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+def _forward_backward(
+    LOGITS, TARGETS, LOSSES, DLOGITS, UPSTREAM, stride_logits, stride_target, stride_dlogits, V, Vp, ignore_index,
+    smoothing, z_loss, softcap, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """Losses, and dlogits for the same upstream gradient of every row, one without UPSTREAM. DLOGITS may be LOGITS."""
     row = tl.program_id(0).to(tl.int64)
-    ROW = LOGITS + row * stride_logits
+    ROW, DROW = LOGITS + row * stride_logits, DLOGITS + row * stride_dlogits
     target = tl.load(TARGETS + row * stride_target)
     if target == ignore_index:
         tl.store(LOSSES + row, 0.0)
-        _row_zeros(ROW, Vp, BLOCK_V)
+        _row_zeros(DROW, Vp, BLOCK_V)
     else:
         loss, lse = _row_loss(ROW, target, V, smoothing, z_loss, softcap, SMOOTH, SOFTCAP, BLOCK_V)
         tl.store(LOSSES + row, loss)
+        upstream = tl.full((), 1.0, tl.float32)
+        if UPSTREAM is not None:
+            upstream = tl.load(UPSTREAM)
         tl.debug_barrier()  # the target's logit has been read by every thread before one of them writes over it
-        _row_gradient(ROW, ROW, target, lse, 1.0, V, Vp, smoothing, z_loss, softcap, SMOOTH, SOFTCAP, BLOCK_V)
+        _row_gradient(ROW, DROW, target, lse, upstream, V, Vp, smoothing, z_loss, softcap, SMOOTH, SOFTCAP, BLOCK_V)
+
+
+@triton.jit
+def _scale(X, FACTOR, size, BLOCK: tl.constexpr):
+    """X *= FACTOR in place; nothing is read where that is one."""
+    factor = tl.load(FACTOR).to(tl.float32)
+    if factor != 1:
+        for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+            at = block * tl.full((), BLOCK, tl.int64) + tl.arange(0, BLOCK)
+            x = tl.load(X + at, at < size, other=0.0).to(tl.float32)
+            tl.store(X + at, (x * factor).to(X.dtype.element_ty), at < size)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
+
+_forward_kernel, _backward_kernel = launch.Kernel(_forward), launch.Kernel(_backward)
+_forward_backward_kernel, _scale_kernel = launch.Kernel(_forward_backward), launch.Kernel(_scale)
 
 
 class Config(NamedTuple):
@@ -195,10 +223,31 @@ class Config(NamedTuple):
     num_warps: int
 
 
+class ScaleConfig(NamedTuple):
+    BLOCK: int
+    num_warps: int
+    programs_per_processor: int
+
+
 def config(V: int) -> Config:
     """16 columns a thread: 4096 for 8 warps, fewer for a small vocabulary."""
     BLOCK_V = min(launch.power_of_two(V), 4096)
     return Config(BLOCK_V, min(max(BLOCK_V // 512, 1), 8))
+
+
+def scale_config() -> ScaleConfig:
+    """16 elements a thread; no more programs than are resident, so that returning at once costs nothing."""
+    return ScaleConfig(4096, 8, programs_per_processor=4)
+
+
+@cache
+def _constants(tile: Config, smooth: bool, softcap: bool) -> launch.Constants:
+    return launch.constants(SMOOTH=smooth, SOFTCAP=softcap, **tile._asdict())
+
+
+@cache
+def _scale_constants(tile: ScaleConfig) -> launch.Constants:
+    return launch.constants(BLOCK=tile.BLOCK, num_warps=tile.num_warps)
 
 
 def _launch_forward(
@@ -219,11 +268,10 @@ def _launch_forward(
     if N > 0:
         tile = config(vocab_size)
         with launch.on_device(logits):
-            _forward[(N,)](
+            _forward_kernel(
+                (N,), _constants(tile, label_smoothing > 0, softcap > 0),
                 logits, targets, losses, lse, logits.stride(0), targets.stride(0), vocab_size, ignore_index,
                 label_smoothing, z_loss, softcap,
-                SMOOTH=label_smoothing > 0, SOFTCAP=softcap > 0, BLOCK_V=tile.BLOCK_V, num_warps=tile.num_warps,
-                **launch.OPTIONS,
             )  # fmt: skip
     return losses, lse
 
@@ -238,12 +286,10 @@ def _launch_backward(
     if N > 0:
         tile = config(vocab_size)
         with launch.on_device(logits):
-            _backward[(N,)](
+            _backward_kernel(
+                (N,), _constants(tile, label_smoothing > 0, softcap > 0),
                 dlosses, logits, targets, lse, dlogits, dlosses.stride(0), logits.stride(0), targets.stride(0),
-                vocab_size, Vp,
-                ignore_index, label_smoothing, z_loss, softcap,
-                SMOOTH=label_smoothing > 0, SOFTCAP=softcap > 0, BLOCK_V=tile.BLOCK_V, num_warps=tile.num_warps,
-                **launch.OPTIONS,
+                vocab_size, Vp, ignore_index, label_smoothing, z_loss, softcap,
             )  # fmt: skip
     return (dlogits,)
 
@@ -260,17 +306,53 @@ def losses_and_gradient_in_place(
 ) -> None:
     """Fill ``losses`` (N,) fp32 and overwrite ``logits`` (N, Vp) with d losses.sum() / d logits. For
     linear_cross_entropy; no autograd."""
+    _launch_forward_backward(
+        logits, targets, losses, logits, None, vocab_size, ignore_index, label_smoothing, z_loss, softcap
+    )  # fmt: skip
+
+
+def _launch_forward_backward(
+    logits: Tensor, targets: Tensor, losses: Tensor, dlogits: Tensor, upstream: Tensor | None,
+    vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+) -> None:  # fmt: skip
     N, Vp = logits.shape
-    if N == 0:
-        return
-    tile = config(vocab_size)
-    with launch.on_device(logits):
-        _forward_backward_in_place[(N,)](
-            logits, targets, losses, logits.stride(0), targets.stride(0), vocab_size, Vp, ignore_index,
-            label_smoothing, z_loss, softcap,
-            SMOOTH=label_smoothing > 0, SOFTCAP=softcap > 0, BLOCK_V=tile.BLOCK_V, num_warps=tile.num_warps,
-            **launch.OPTIONS,
-        )  # fmt: skip
+    if N > 0:
+        with launch.on_device(logits):
+            _forward_backward_kernel(
+                (N,), _constants(config(vocab_size), label_smoothing > 0, softcap > 0),
+                logits, targets, losses, dlogits, upstream, logits.stride(0), targets.stride(0), dlogits.stride(0),
+                vocab_size, Vp, ignore_index, label_smoothing, z_loss, softcap,
+            )  # fmt: skip
+
+
+def _launch_one_pass(
+    logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float,
+    softcap: float, mean: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss (), dlogits (N, Vp) for an upstream gradient of one)."""
+    launch.require_dtype("cross_entropy", logits=logits)
+    check(logits.shape[0], logits.shape[1], targets, vocab_size)
+    logits = launch.unit_stride(logits)
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    share = 1 / counted_rows(targets, ignore_index) if mean else None
+    _launch_forward_backward(
+        logits, targets, losses, dlogits, share, vocab_size, ignore_index, label_smoothing, z_loss, softcap
+    )  # fmt: skip
+    total = losses.sum()
+    return total if share is None else total * share, dlogits
+
+
+def _launch_scale(dlogits: Tensor, factor: Tensor) -> None:
+    """dlogits *= factor, in place."""
+    size = dlogits.numel()
+    if size > 0:
+        tile = scale_config()
+        with launch.on_device(dlogits):
+            most = launch.processors() * tile.programs_per_processor
+            _scale_kernel(
+                (min(launch.cdiv(size, tile.BLOCK), most),), _scale_constants(tile), dlogits, factor, size
+            )  # fmt: skip
 
 
 def check(rows: int, columns: int, targets: Tensor, vocab_size: int) -> None:
@@ -320,6 +402,49 @@ _cross_entropy = differentiable(
 )
 
 
+def _fake_one_pass(
+    logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float,
+    softcap: float, mean: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return logits.new_empty((), dtype=torch.float32), logits.new_empty(logits.shape)
+
+
+def _scaled(dloss: Tensor, dlogits: Tensor) -> tuple[Tensor]:
+    # in fp32, since torch would round the factor to dlogits' dtype
+    return ((dlogits.to(torch.float32) * dloss).to(dlogits.dtype),)
+
+
+_one_pass = differentiable(
+    "cross_entropy_triton_one_pass",
+    forward=_launch_one_pass,
+    backward=_scaled,
+    fake_forward=_fake_one_pass,
+    fake_backward=lambda dloss, dlogits: (torch.empty_like(dlogits),),
+    save=lambda args, results: (results[1],),
+    gradients=(0,),
+    backward_fuses=True,
+)
+
+
+class _OnePass(torch.autograd.Function):
+    """The same for plain eager training, whose backward changes and hands over what forward made."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        loss, dlogits = _launch_one_pass(*args)
+        ctx.save_for_backward(dlogits)
+        ctx.arity = len(args)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        (dlogits,) = ctx.saved_tensors
+        _launch_scale(dlogits, dloss)
+        torch.autograd.graph.increment_version(dlogits)  # a second backward would scale what is scaled: it raises
+        return dlogits, *[None] * (ctx.arity - 1)
+
+
 def cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -328,9 +453,19 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    reduction: str = "none",
 ) -> Tensor:
-    """logits (N, Vp), targets (N,) int64 in [0, vocab_size) or ignore_index → losses (N,) fp32."""
-    return _cross_entropy(logits, targets, vocab_size, ignore_index, label_smoothing, z_loss, softcap)
+    """logits (N, Vp), targets (N,) int64 in [0, vocab_size) or ignore_index → losses (N,) fp32, or () for the
+    reductions "sum" and "mean", whose graph serves one backward only."""
+    args = (logits, targets, vocab_size, ignore_index, label_smoothing, z_loss, softcap)
+    if reduction == "none":
+        return _cross_entropy(*args)
+    check_reduction(reduction)
+    mean = reduction == "mean"
+    wanted = logits.requires_grad and torch.is_grad_enabled()
+    if not wanted or (mean and logits.dtype == torch.float16):
+        return reduce(_cross_entropy(*args), targets, ignore_index, reduction)
+    return _OnePass.apply(*args, mean) if bypass((logits, targets)) else _one_pass(*args, mean)
 
 
 def unsupported(site: Site) -> str | None:

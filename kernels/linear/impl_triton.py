@@ -166,7 +166,7 @@ def config(arch: int, itemsize: int, precision: str, M: int, N: int) -> Config:
             Config(16, 64, 32, 4, 3) if M <= 16 else Config(64, 64, 32, 8, 3) if M <= 64 else Config(128, 64, 16, 8, 3)
         )
     if M <= 16:
-        return Config(16, 64, 64, 4, 4)
+        return Config(16, 64, 32, 4, 4)
     if M <= 64 or N <= 64:
         return Config(64, 64, 64 if itemsize == 2 else 32, 4, 4)
     if itemsize == 4:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tritium.kernels.case import Case, Goal
-from tritium.kernels.cross_entropy.cases import targets
+from tritium.kernels.case import Budget, Case, Goal
+from tritium.kernels.cross_entropy.cases import targets_of
 
 CASES = (
     Case("tiny", {"N": 3, "C": 4, "V": 5, "Vp": 5}),
@@ -24,11 +24,27 @@ CASES = (
     Case("z_loss_softcap", {"N": 8, "C": 16, "V": 60, "Vp": 64}, {"z_loss": 1e-3, "softcap": 15.0}),
     Case("everything", {"N": 21, "C": 32, "V": 100, "Vp": 104},
          {"ignored": 0.2, "ignore_index": -1, "label_smoothing": 0.05, "z_loss": 1e-3, "softcap": 30.0, "chunk": 8}),
+    Case("other_ignore_index", {"N": 7, "C": 8, "V": 20, "Vp": 24}, {"ignored": 0.3, "ignore_index": -1}),
+    Case("z_loss", {"N": 7, "C": 8, "V": 20, "Vp": 24}, {"z_loss": 1e-2, "master": False}),
+    Case("softcap", {"N": 7, "C": 8, "V": 20, "Vp": 24}, {"softcap": 10.0, "chunk": 3}),
+    Case("only_smoothing", {"N": 7, "C": 8, "V": 20, "Vp": 24}, {"label_smoothing": 0.1}),
+    Case("evaluation", {"N": 9, "C": 16, "V": 30, "Vp": 32}, {"with_grad": False}),
+    Case("evaluation_same_dtype", {"N": 9, "C": 16, "V": 30, "Vp": 32}, {"with_grad": False, "master": False}),
+    *(
+        Case(f"everything_{name}", {"N": 11, "C": 16, "V": 50, "Vp": 56},
+             {"ignored": 0.2, "ignore_index": -1, "label_smoothing": 0.05, "z_loss": 1e-3, "softcap": 30.0, "chunk": 4,
+              **more})
+        for name, more in (("same_dtype", {"master": False}), ("evaluation", {"with_grad": False}))
+    ),
     *(Case(f"gpt2_{name}", {"N": 8192, "C": C, "V": 50257, "Vp": 50304}, large=True) for name, C in
       {"124m": 768, "350m": 1024, "774m": 1280, "1558m": 1600}.items()),
     Case("llama3_8b", {"N": 8192, "C": 4096, "V": 128256, "Vp": 128256}, large=True),
 )  # fmt: skip
 NOT_ARGUMENTS = ("ignored", "master")
+BANNED = {
+    ("with_grad", "weights of another dtype"): "known by tensors that require a gradient, which without gradients none "
+    "does; the case evaluation has such a weight",
+}
 
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, object]:
@@ -36,11 +52,12 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int
     N, C, V, Vp = (case.shape[letter] for letter in ("N", "C", "V", "Vp"))
     x = torch.randn(N, C, generator=generator)
     weight = torch.randn(Vp, C, generator=generator) * (3.0 / C**0.5)
+    with_grad = bool(case.options.get("with_grad", True))
     weight_dtype = torch.promote_types(dtype, torch.float32) if case.options.get("master", True) else dtype
     return {
-        "x": x.to(device, dtype).requires_grad_(),
-        "weight": weight.to(device, weight_dtype).requires_grad_(),
-        "targets": targets(case, generator).to(device),
+        "x": x.to(device, dtype).requires_grad_(with_grad),
+        "weight": weight.to(device, weight_dtype).requires_grad_(with_grad),
+        "targets": targets_of(case, generator).to(device),
         "vocab_size": V,
         **{name: value for name, value in case.options.items() if name not in NOT_ARGUMENTS},
     }
@@ -82,6 +99,10 @@ def _weight_size(case: Case, dtype: torch.dtype) -> int:
     return 4 if case.options.get("master", True) else dtype.itemsize
 
 
+BUDGETS = (
+    Budget("_forward_backward", registers=64, threads=1024, needs=("wide loads", "wide stores")),
+    Budget("_scale", registers=64, threads=1024, needs=("wide loads", "wide stores")),
+)
 GOALS = (
     Goal("gpt2_*", "forward+backward", 1 / 1.12, "of GEMM"),  # at most 1.12 times its three products
     Goal("llama3_8b", "forward+backward", 740, "TFLOP/s", "728–752 TFLOP/s on an H200 (quack, Liger CuTe)"),

@@ -18,7 +18,8 @@ written, read by two GEMMs) and dW twice per chunk, which is why chunks are larg
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,10 +32,8 @@ from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.site import Site
 
 DETERMINISTIC = True
-CHUNK_BYTES = (
-    512 * 2**20
-)  # of logits: 5,300 rows of GPT-2's vocabulary in bf16, where the traffic of dW is below 7 % of the GEMMs' time
-SCALE_BLOCK = 4096
+# of logits: 5,300 rows of GPT-2's vocabulary in bf16, where the traffic of dW is below 7 % of the GEMMs' time
+CHUNK_BYTES = 512 * 2**20
 
 
 @triton.jit
@@ -46,11 +45,28 @@ def _scale(X, FACTOR, Y, size, BLOCK: tl.constexpr):
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
+_scale_kernel = launch.Kernel(_scale)
+
+
+class ScaleConfig(NamedTuple):
+    BLOCK: int
+    num_warps: int
+
+
+def scale_config() -> ScaleConfig:
+    """16 elements a thread."""
+    return ScaleConfig(4096, 8)
+
+
+@cache
+def _scale_constants(tile: ScaleConfig) -> launch.Constants:
+    return launch.constants(**tile._asdict())
+
 
 def chunk_rows(N: int, Vp: int, itemsize: int) -> int:
     """Rows of a chunk: as many as CHUNK_BYTES hold, evened out over the chunks, a multiple of 128."""
-    chunks = max(1, triton.cdiv(N * Vp * itemsize, CHUNK_BYTES))
-    return max(128, triton.cdiv(triton.cdiv(N, chunks), 128) * 128)
+    chunks = max(1, launch.cdiv(N * Vp * itemsize, CHUNK_BYTES))
+    return max(128, launch.cdiv(launch.cdiv(N, chunks), 128) * 128)
 
 
 def _launch_forward(
@@ -82,7 +98,11 @@ def _launch_forward(
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out (fp32) = a b, or += with ``add``: a product of narrower matrices that is never rounded to their dtype."""
+    """out (fp32) = a b, or += with ``add``: a product of narrower matrices that is never rounded to their dtype.
+
+    torch.addmm may have its first argument as ``out``: addmm_ is just that, and CUDA's kernel copies only where they
+    differ. With ``out_dtype`` that argument is of out's dtype, not of the factors'.
+    """
     if a.device.type == "cpu":  # torch has no mixed-precision GEMM there; only the interpreter comes this way
         a, b = a.float(), b.float()
     mixed: dict[str, Any] = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
@@ -103,9 +123,10 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty_like(x, dtype=dtype)
     if x.numel() > 0:
         with launch.on_device(x):
-            _scale[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
-                x, factor, y, x.numel(), BLOCK=SCALE_BLOCK, num_warps=4, **launch.OPTIONS
-            )
+            tile = scale_config()
+            _scale_kernel(
+                (launch.cdiv(x.numel(), tile.BLOCK),), _scale_constants(tile), x, factor, y, x.numel()
+            )  # fmt: skip
     return y
 
 
