@@ -551,6 +551,7 @@ SMALLER = {
     ("forward", "ampere", 128, "mask"): Config(128, 32, 8, 3),
     ("forward", "ampere", 128, "softcap"): Config(128, 32, 8, 3),
     ("forward", "hopper", 128, "dropout"): Config(128, 32, 8, 3),
+    ("forward", "hopper", 256, "several"): Config(32, 32, 8, 2),
     ("backward_keys", "ampere", 128, "mask"): Config(32, 64, 8, 2),
     ("backward_keys", "ampere", 128, "softcap"): Config(32, 64, 8, 2),
     ("backward_keys", "ampere", 128, "dropout"): Config(32, 64, 8, 2),
