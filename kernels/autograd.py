@@ -65,7 +65,7 @@ def differentiable(
     forward_op.register_fake(fake_forward)
     backward_op = torch.library.custom_op(f"{NAMESPACE}::{name}_backward", backward, mutates_args=())
     backward_op.register_fake(fake_backward)
-    gradients = tuple((position,) if isinstance(position, int) else tuple(position) for position in gradients)
+    places = tuple((position,) if isinstance(position, int) else tuple(position) for position in gradients)
 
     # What follows runs at every eager call, beside kernels of some 10 µs: it is written for few steps.
     def stash(ctx: Any, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -83,7 +83,7 @@ def differentiable(
         return ctx.constants
 
     def unstash(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        if outputs > 1 and None in grads:
+        if outputs > 1 and any([g is None for g in grads]):
             grads = [
                 torch.zeros(s, dtype=t, device=d) if g is None else g
                 for g, (s, t, d) in zip(grads, ctx.grad_shapes, strict=True)
@@ -93,7 +93,7 @@ def differentiable(
     def place(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
         result: list[Tensor | None] = [None] * len(needed)
-        for positions, gradient in zip(gradients, found, strict=True):
+        for positions, gradient in zip(places, found, strict=True):
             for position in positions:
                 if needed[position]:
                     result[position] = gradient

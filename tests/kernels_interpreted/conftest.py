@@ -30,6 +30,19 @@ def _load(name: str):
 
 _load("interpreter_bf16").install()
 _load("mutation")
+products = _load("products")
+_tally = products.Tally()
+
+
+@pytest.fixture(scope="session")
+def tally():
+    """Counts the reports of the full product; what it holds at the end is written to build/tally.json."""
+    return _tally
+
+
+def pytest_sessionfinish(session):
+    if _tally.rows:
+        _tally.write()
 
 
 def patch_the_language_once_per_launch() -> None:

@@ -1,61 +1,75 @@
-"""The contract over the Triton kernels: every case, options in pairs, every layout, under compile, and opcheck."""
+"""The contract over every Triton backend: every case, options in pairs, every layout, under compile, and opcheck."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
+import products
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritium.kernels import contract, ops
+from tritium.kernels import contract, ops, options
 from tritium.kernels.case import Case
+from tritium.kernels.site import Machine
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-OPS = ("attention", "layer_norm", "cross_entropy", "linear_cross_entropy")
-# where layouts, expanded gradients and partial gradients are tried too; elsewhere they would repeat the same code
-THOROUGH = {
-    "attention": {"cross"},
-    "layer_norm": {"odd", "wide_weights", "no_bias", "three_axes", "one_column", "no_rows"},
-    "cross_entropy": {"everything", "one_class", "no_rows", "several_tiles"},
-    "linear_cross_entropy": {"everything", "no_rows", "same_dtype_weight", "tiny"},
-}
+DTYPES = (FP32, BF16, FP16)
+ATTENTION = ("attention", "attention_lse")  # a head takes the interpreter 0.1 to 0.5 s, all else some 10 ms
 
 
 def small(name: str) -> list[Case]:
     return [c for c in ops.OPS[name].cases.CASES if not c.large]
 
 
+# ----------------------------------------------------------------------------------------------------- every op serves
+
+
+def test_every_op_has_a_triton_backend():
+    assert [name for name, op in ops.OPS.items() if "triton" not in op.backends()] == []
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_no_case_of_any_op_is_refused(name):
+    op = ops.OPS[name]
+    backend = op.load("triton")
+    packages = {"triton": "3.6.0"}
+    machines = [Machine("cuda", arch, packages=packages) for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")]
+    machines.append(Machine("cpu", "x86_64", interpreted=True, packages=packages))
+    for case, dtype, machine in itertools.product(op.cases.CASES, DTYPES, machines):
+        for phase in ("train",) if op.updates else ("train", "eval", "prefill", "decode"):
+            assert backend.unsupported(contract.site_of(op, case, dtype, machine, phase=phase)) is None, (case, dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ contract
+
+
 def runs() -> Iterator[tuple[str, Case, torch.dtype]]:
     """Every case in fp32 and, in turn, in one of the 16-bit types; attention, which takes longest, every third."""
-    for name in OPS:
+    for name in ops.OPS:
         for number, case in enumerate(small(name)):
             yield name, case, FP32
-            if name != "attention" or number % 3 == 0:
+            if name not in ATTENTION or number % 3 == 0:
                 yield name, case, (BF16, FP16)[number % 2]
 
 
 @pytest.mark.parametrize(("name", "case", "dtype"), list(runs()), ids=str)
 def test_every_case_keeps_the_contract(name, case, dtype):
-    variants = contract.VARIANTS if case.name in THOROUGH[name] else ("plain",)
-    report = contract.check(ops.OPS[name], "triton", case, dtype, variants=variants)
+    """Layouts, expanded and partial gradients too, except where the time they take would be for the same code again."""
+    thorough = dtype == FP32 and (name not in ATTENTION or case.name in ("cross", "documents_grouped"))
+    report = contract.check(
+        ops.OPS[name], "triton", case, dtype, variants=contract.VARIANTS if thorough else ("plain",)
+    )
     assert report.ok, report
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize(("name", "case"), [(n, c) for n in OPS for c in small(n)], ids=str)
-def test_full_every_case_and_variant_in_every_dtype(name, case, dtype):
-    for seed in range(3):
-        report = contract.check(ops.OPS[name], "triton", case, dtype, seed=seed)
-        assert report.ok, report
+ATTENTION_OPTIONS = products.PRODUCTS["attention"]
 
 
-def pairwise(options: Mapping[str, Sequence[object]]) -> list[dict[str, object]]:
+def pairwise(values: Mapping[str, Sequence[object]]) -> list[dict[str, object]]:
     """Few choices that together contain every pair of values of any two options; greedy, and the same every time."""
-    names = list(options)
-    wanted = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in options[a] for y in options[b]
-    }  # fmt: skip
-    every = [dict(zip(names, values, strict=True)) for values in itertools.product(*options.values())]
+    names = list(values)
+    wanted = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in values[a] for y in values[b]}
+    every = [dict(zip(names, choice, strict=True)) for choice in itertools.product(*values.values())]
     chosen = []
     while wanted:
         best = max(every, key=lambda choice: len(wanted & set(itertools.combinations(choice.items(), 2))))
@@ -64,43 +78,14 @@ def pairwise(options: Mapping[str, Sequence[object]]) -> list[dict[str, object]]
     return chosen
 
 
-ATTENTION = {
-    "T": ((37, 37), (5, 70), (70, 33), (1, 9)),
-    "heads": ((2, 2), (4, 2), (3, 1)),
-    "D": (8, 24, 64),
-    "causal": (True, False),
-    "documents": (False, True),
-    "window": (0, 6),
-    "softcap": (0.0, 7.0),
-    "dropout": (0.0, 0.2),
-    "dtype": (FP32, BF16, FP16),
-}
-
-
-def attention_case(T, heads, D, dtype, **options) -> tuple[Case, torch.dtype]:
-    shape = {"B": 1, "Tq": T[0], "Tk": T[1], "H": heads[0], "G": heads[1], "D": D}
-    if options["documents"] and T[0] > T[1]:  # documents are about queries that are keys too
-        shape["Tq"] = T[1]
-    return Case(" ".join(f"{k}={v}" for k, v in {**shape, **options}.items()), shape, options), dtype
-
-
-@pytest.mark.parametrize(("case", "dtype"), [attention_case(**o) for o in pairwise(ATTENTION)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [products.case_of("attention", o) for o in pairwise({**ATTENTION_OPTIONS, "dtype": DTYPES})],
+    ids=str,
+)
 def test_attention_options_in_pairs(case, dtype):
     report = contract.check(ops.attention, "triton", case, dtype, variants=("plain",))
     assert report.ok, report
-
-
-SHAPES = ("T", "heads", "D", "dtype")
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(SHAPES, list(itertools.product(*(ATTENTION[name] for name in SHAPES))), ids=str)
-def test_full_attention_options(T, heads, D, dtype):
-    rest = {name: values for name, values in ATTENTION.items() if name not in SHAPES}
-    for values in itertools.product(*rest.values()):
-        case, _ = attention_case(T, heads, D, dtype, **dict(zip(rest, values, strict=True)))
-        report = contract.check(ops.attention, "triton", case, dtype, variants=("plain",))
-        assert report.ok, report
 
 
 def test_pairs_are_all_there():
@@ -110,36 +95,73 @@ def test_pairs_are_all_there():
         assert any(c["a"] == x and c["b"] == y for c in chosen)
 
 
-COMPILED = {
-    "attention": "more_queries", "layer_norm": "wide_weights", "cross_entropy": "everything",
-    "linear_cross_entropy": "chunks",
-}  # fmt: skip
+# ---------------------------------------------------------------------------------------- compiled, and as a custom op
 
 
-@pytest.mark.parametrize("name", OPS)
+def busiest(name: str) -> Case:
+    """The case that sets most options, small ones first."""
+    op = ops.OPS[name]
+    with_values = [c for c in small(name) if all(c.shape.values())]
+    return max(with_values, key=lambda c: sum(options.chosen(op, c).values()))
+
+
+@pytest.mark.parametrize("name", ops.OPS)
 def test_compiled_into_one_graph(name):
-    (case,) = (c for c in small(name) if c.name == COMPILED[name])
-    report = contract.check(ops.OPS[name], "triton", case, FP32, compiled="aot_eager", variants=("plain",))
+    report = contract.check(
+        ops.OPS[name], "triton", busiest(name), FP32, compiled="aot_eager", variants=("plain", "expanded")
+    )
     assert report.ok, report
 
 
-OPCHECK = {
-    "attention": (
-        torch.randn(1, 5, 2, 16).requires_grad_(), torch.randn(1, 7, 1, 16).requires_grad_(),
-        torch.randn(1, 7, 1, 16).requires_grad_(), None, None, True, 0.25, 0, 0.0, 0.0,
-    ),
-    "layer_norm": (torch.randn(3, 9).requires_grad_(), torch.ones(9).requires_grad_(), None, 1e-5),
-    "cross_entropy": (torch.randn(3, 8).requires_grad_(), torch.tensor([1, -100, 4]), 5, -100, 0.1, 0.0, 0.0),
-    "linear_cross_entropy": (
-        torch.randn(3, 4).requires_grad_(), torch.randn(8, 4).requires_grad_(), torch.tensor([1, -100, 4]),
-        5, -100, 0.0, 0.0, 0.0, 2, True, True,
-    ),
-}  # fmt: skip
+class Caught(TorchDispatchMode):
+    """The custom ops of this package that are called within, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tritium":
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", ops.OPS)
 def test_opcheck(name):
-    ops.OPS[name].load("triton")
-    operator = getattr(torch.ops.tritium, f"{name}_triton").default
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    assert set(torch.library.opcheck(operator, OPCHECK[name], test_utils=checks).values()) == {"SUCCESS"}
+    """torch's own checks of a custom op, with the arguments that the op's public function gives it."""
+    op = ops.OPS[name]
+    arguments = op.cases.inputs(busiest(name), FP32, "cpu", 0)
+    with torch.no_grad(), Caught() as caught:
+        op.load("triton").function(**arguments)
+    assert caught.calls, "no custom op was called, so compiled models and FLOP counters do not see this op"
+    for function, args, kwargs in caught.calls:
+        assert function.name().startswith(f"tritium::{name}_triton")
+        args = [
+            a.detach().clone().requires_grad_(needs_gradient(a)) if isinstance(a, torch.Tensor) else a for a in args
+        ]
+        checks = ["test_schema", "test_faketensor"] + ([] if op.updates else ["test_autograd_registration"])
+        assert set(torch.library.opcheck(function, args, kwargs, test_utils=checks).values()) == {"SUCCESS"}
+
+
+def needs_gradient(value: torch.Tensor) -> bool:
+    return value.requires_grad and value.is_floating_point()
+
+
+# ----------------------------------------------------------------------------------------------------- the full product
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ops.OPS)
+def test_full_every_case_and_variant(name, dtype, tally):
+    for case, seed in itertools.product(small(name), range(3)):
+        tally.count("cases", contract.check(ops.OPS[name], "triton", case, dtype, seed=seed))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "piece"), list(products.pieces()), ids=str)
+@pytest.mark.timeout(600)
+def test_full_product_of_options(name, piece, tally):
+    for case, dtype in products.cases(name, piece):
+        report = contract.check(ops.OPS[name], "triton", case, dtype, variants=("plain",))
+        tally.count("product of options", report)

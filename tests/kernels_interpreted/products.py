@@ -1,0 +1,165 @@
+"""The full product of every op's shapes and options, and the tally of what came out: `make test-full` runs it.
+
+python tests/kernels_interpreted/products.py        write docs/contract.md from build/tally.json
+"""
+
+import itertools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from tritium.kernels import ops
+from tritium.kernels.case import Case
+
+ROOT = pathlib.Path(__file__).parents[2]
+TALLY = ROOT / "build" / "tally.json"
+PAGE = ROOT / "docs" / "contract.md"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+ROWS = (0, 1, 9, 40)
+NORM = {"N": ROWS, "C": (1, 33, 130, 768), "wide": (False, True), "eps": (1e-5, 0.1)}
+LOSS = {
+    "label_smoothing": (0.0, 0.1), "z_loss": (0.0, 1e-2), "softcap": (0.0, 9.0), "ignored": (0.0, 0.4, 1.0),
+    "ignore_index": (-100, 0),
+}  # fmt: skip
+PRODUCTS: dict[str, dict[str, tuple]] = {
+    "linear": {"N": ROWS, "C": (1, 16, 70), "F": (1, 24, 65), "bias": (True, False)},
+    "embedding": {"N": ROWS, "V": (1, 7, 60), "C": (1, 24, 130), "repeated": (False, True)},
+    "attention": {
+        "T": ((37, 37), (5, 70), (70, 33), (1, 9)), "heads": ((2, 2), (4, 2), (3, 1)), "D": (8, 24, 64),
+        "causal": (True, False), "documents": (False, True), "window": (0, 6), "softcap": (0.0, 7.0),
+        "dropout": (0.0, 0.2), "scale": (None, -0.4),
+    },
+    "attention_lse": {
+        "T": ((37, 37), (5, 40), (40, 33)), "heads": ((2, 2), (3, 1)), "D": (8, 24), "causal": (True, False),
+        "documents": (False, True), "window": (0, 6), "softcap": (0.0, 7.0), "scale": (None, -0.4),
+    },
+    "layer_norm": {**NORM, "bias": (True, False)},
+    "add_layer_norm": {**NORM, "bias": (True, False)},
+    "rms_norm": {**NORM, "weight": (True, False)},
+    "add_rms_norm": {**NORM, "weight": (True, False)},
+    "rope": {"B": (0, 1, 3), "T": (1, 13), "heads": ((1, 1), (4, 2)), "DR": ((2, 2), (16, 16), (24, 10), (64, 0)),
+             "per_row": (False, True)},
+    "gelu": {"N": ROWS, "F": (1, 33, 1030), "approximate": ("tanh", "none"), "spread": (2.0, 40.0)},
+    "swiglu": {"N": ROWS, "F": (1, 33, 1030), "spread": (2.0, 40.0)},
+    "geglu": {"N": ROWS, "F": (1, 33, 1030), "approximate": ("tanh", "none"), "spread": (2.0, 40.0)},
+    "relu2": {"N": ROWS, "F": (1, 33, 1030)},
+    "cross_entropy": {"N": (0, 1, 9), "V": ((1, 1), (50, 64), (4100, 4104)), **LOSS,
+                      "reduction": ("none", "sum", "mean")},
+    "linear_cross_entropy": {"N": (0, 1, 9), "C": (1, 24), "V": ((1, 1), (50, 64)), **LOSS, "chunk": (0, 4),
+                             "master": (True, False)},
+    "global_norm": {"K": (0, 1, 5), "P": (1, 130, 9000), "scale": (1.0, 1e-12, 1e12)},
+    "adamw": {"K": (0, 1, 5), "P": (1, 130, 9000), "copies": (True, False), "fp32_grads": (False, True),
+              "clip": (1.0, 0.3), "skip": (0, 2), "weight_decay": (0.0, 0.1), "eps": (1e-8, 1e-6)},
+}  # fmt: skip
+SHAPES = {"T": ("Tq", "Tk"), "heads": ("H", "G"), "DR": ("D", "R"), "V": ("V", "Vp")}
+
+
+def case_of(name: str, chosen: Mapping[str, object]) -> tuple[Case, torch.dtype]:
+    """A choice of PRODUCTS[name], with a dtype, as a case of the op."""
+    known = {letter for case in ops.OPS[name].cases.CASES for letter in case.shape}
+    shape, options = ({"B": 1} if name in ("attention", "attention_lse") else {}), {}
+    for key, value in chosen.items():
+        if isinstance(value, tuple):
+            shape |= dict(zip(SHAPES[key], value, strict=True))
+        elif key in known:
+            shape[key] = value
+        elif key != "dtype" and value is not None:
+            options[key] = value
+    if options.get("documents") and shape["Tq"] > shape["Tk"]:  # documents are about queries that are keys too
+        shape["Tq"] = shape["Tk"]
+    return Case(" ".join(f"{k}={v}" for k, v in {**shape, **options}.items()), shape, options), chosen["dtype"]
+
+
+def pieces() -> Iterator[tuple[str, dict[str, object]]]:
+    """(op, part of a choice): the product in parts of at most some 100 cases, so that a failure names its own."""
+    for name, values in PRODUCTS.items():
+        values = {**values, "dtype": DTYPES}
+        head: list[str] = []
+        for key in values:
+            left = [v for k, v in values.items() if k not in head]
+            if torch.Size(map(len, left)).numel() <= 100:
+                break
+            head.append(key)
+        for choice in itertools.product(*(values[key] for key in head)):
+            yield name, dict(zip(head, choice, strict=True))
+
+
+def cases(name: str, piece: Mapping[str, object]) -> Iterator[tuple[Case, torch.dtype]]:
+    """The cases of one piece."""
+    rest = {k: v for k, v in {**PRODUCTS[name], "dtype": DTYPES}.items() if k not in piece}
+    for values in itertools.product(*rest.values()):
+        yield case_of(name, {**piece, **dict(zip(rest, values, strict=True))})
+
+
+ABOUT = """\
+Written by `python tests/kernels_interpreted/products.py` from what `make test-full` left in build/tally.json; that
+file says what is multiplied. Every row: Triton's interpreter, fp32, bf16 and fp16 (bf16 as mended by the tests), held
+to docs/numerics.md. *cases* are those of the op's `cases.py`, with three seeds and in every layout. The bound's use is
+that of the worst tensor: 1 would be red."""
+
+
+class Tally:
+    """What the full product gave: by kind and op, how many were checked and the largest use of a bound."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, dict[str, float]]] = {}
+        self.began = time.time()
+
+    def count(self, kind: str, report) -> None:
+        row = self.rows.setdefault(kind, {}).setdefault(
+            report.op, {"checked": 0, "passed": 0, "refused": 0, "worst": 0.0}
+        )
+        row["checked"] += 1
+        row["passed"] += report.ok
+        row["refused"] += report.refused
+        if report.worst is not None:
+            row["worst"] = max(row["worst"], report.worst.ratio)
+        assert report.ok, report
+
+    def write(self) -> None:
+        import triton
+
+        TALLY.parent.mkdir(exist_ok=True)
+        about = {
+            "date": time.strftime("%Y-%m-%d"), "triton": triton.__version__, "torch": torch.__version__.split("+")[0],
+            "minutes": round((time.time() - self.began) / 60), "rows": self.rows,
+        }  # fmt: skip
+        TALLY.write_text(json.dumps(about, indent=1))
+
+
+def page(about: Mapping[str, object]) -> str:
+    """docs/contract.md."""
+    lines = [
+        "# The full product of options",
+        "",
+        *ABOUT.splitlines(),
+        "",
+        f"{about['date']}, triton {about['triton']}, torch {about['torch']}, {about['minutes']} minutes.",
+        "",
+    ]
+    for kind, rows in about["rows"].items():
+        lines += [
+            f"| {kind} | checked | passed | refused | failed | worst use of a bound |",
+            "|---|---|---|---|---|---|",
+        ]
+        total = [0, 0, 0]
+        for name in (n for n in ops.OPS if n in rows):
+            row = rows[name]
+            numbers = [row["checked"], row["passed"], row["refused"]]
+            total = [a + b for a, b in zip(total, numbers, strict=True)]
+            failed = numbers[0] - numbers[1] - numbers[2]
+            lines.append(f"| {name} | {numbers[0]} | {numbers[1]} | {numbers[2]} | {failed} | {row['worst']:.2f} |")
+        lines += [f"| **all** | {total[0]} | {total[1]} | {total[2]} | {total[0] - total[1] - total[2]} | |", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if not TALLY.exists():
+        sys.exit(f"{TALLY} is not there; make test-full writes it")
+    PAGE.write_text(page(json.loads(TALLY.read_text())))
+    print(f"wrote {PAGE}")
