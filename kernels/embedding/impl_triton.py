@@ -205,6 +205,7 @@ def _launch_backward(dy: Tensor, ids: Tensor, V: int) -> tuple[Tensor]:
     sums = torch.empty(chunks, C, dtype=torch.float32, device=dy.device)
     tile = config(C, dy.element_size())
     tiles = -(-C // tile.BLOCK_C)
+    unroll = 4 if dy.element_size() == 2 else 3  # rows in flight; with 4 of fp32 a register spills on sm_100
     with launch.on_device(dy):
         _make_keys[(-(-N // 1024),)](
             ids, keys, ids.stride(0), N, V, lowest, highest, BLOCK_N=1024, num_warps=4, **launch.OPTIONS
@@ -220,7 +221,8 @@ def _launch_backward(dy: Tensor, ids: Tensor, V: int) -> tuple[Tensor]:
             )  # fmt: skip
         _sum_runs[(-(-V // tile.ROWS) * tiles,)](
             dy, order, starts, sums, dweight, stride_dy, V, log_chunk,
-            C=C, BLOCK_V=tile.ROWS, BLOCK_C=tile.BLOCK_C, UNROLL=4, num_warps=tile.num_warps, **launch.OPTIONS,
+            C=C, BLOCK_V=tile.ROWS, BLOCK_C=tile.BLOCK_C, UNROLL=unroll, num_warps=tile.num_warps,
+            **launch.OPTIONS,
         )  # fmt: skip
     return (dweight,)
 
