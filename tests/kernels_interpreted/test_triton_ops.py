@@ -1,15 +1,18 @@
 """What the contract does not ask of every backend: views in place, bad targets, nothing in vain, FLOPs, refusals."""
 
+import contextlib
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tritium.kernels import ops
 from tritium.kernels.attention import impl_triton as attention
 from tritium.kernels.attention import reference as attention_reference
 from tritium.kernels.cross_entropy import impl_triton as cross_entropy
+from tritium.kernels.lib import triton_launch
 from tritium.kernels.linear_cross_entropy import impl_triton as linear_cross_entropy
 from tritium.kernels.site import Machine, Site
 
@@ -122,6 +125,126 @@ def test_cross_entropy_refuses_other_shapes():
         cross_entropy.cross_entropy(random(2, 8), torch.tensor([0, 1], dtype=torch.int32), 8)
 
 
+def losses_case(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, int]:
+    logits = random(6, 40, seed=3, dtype=dtype).requires_grad_()
+    return logits, torch.tensor([1, -100, 4, 29, 0, -100]), 30
+
+
+def launched(monkeypatch) -> list[str]:
+    names = []
+    call = triton_launch.Kernel.__call__
+    monkeypatch.setattr(
+        triton_launch.Kernel, "__call__", lambda self, *args: names.append(self.jit.fn.__name__) or call(self, *args)
+    )
+    return names
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("upstream", [1.0, 0.3, 0.0])
+def test_a_reduced_loss_and_its_gradient_in_one_pass(reduction, upstream, monkeypatch):
+    logits, targets, V = losses_case()
+    before = logits.detach().clone()
+    losses = cross_entropy.cross_entropy(logits, targets, V, label_smoothing=0.1)
+    loss = losses.sum() / (4 if reduction == "mean" else 1)
+    (want,) = torch.autograd.grad(loss, logits, torch.tensor(upstream))
+    names = launched(monkeypatch)
+    got = cross_entropy.cross_entropy(logits, targets, V, label_smoothing=0.1, reduction=reduction)
+    assert names == ["_forward_backward"]
+    torch.testing.assert_close(got, loss)
+    (gradient,) = torch.autograd.grad(got, logits, torch.tensor(upstream))
+    assert names == ["_forward_backward", "_scale"]
+    torch.testing.assert_close(gradient, want, rtol=1e-6, atol=1e-8)
+    assert torch.equal(logits, before), "the logits are the caller's"
+
+
+def test_a_second_backward_of_a_kept_graph_is_an_error_and_scales_nothing_twice():
+    logits, targets, V = losses_case()
+    loss = cross_entropy.cross_entropy(logits, targets, V, reduction="sum")
+    (first,) = torch.autograd.grad(loss, logits, torch.tensor(0.5), retain_graph=True)
+    kept = first.clone()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits, torch.tensor(0.5))
+    assert torch.equal(first, kept)
+
+
+def test_no_gradient_of_the_gradient_of_a_reduced_loss():
+    logits, targets, V = losses_case()
+    loss = cross_entropy.cross_entropy(logits, targets, V, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss.square(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_gradient_handed_over_is_not_shared_between_two_uses():
+    """Two losses of the same logits add up in them, whoever owns the buffers."""
+    logits, targets, V = losses_case()
+    total = sum(cross_entropy.cross_entropy(logits, targets, V, reduction="sum") * w for w in (1.0, 0.25))
+    total.backward()
+    (one,) = torch.autograd.grad(cross_entropy.cross_entropy(logits, targets, V, reduction="sum"), logits)
+    torch.testing.assert_close(logits.grad, 1.25 * one)
+
+
+def test_a_reduced_loss_without_gradients_writes_none(monkeypatch):
+    logits, targets, V = losses_case()
+    names = launched(monkeypatch)
+    with torch.no_grad():
+        cross_entropy.cross_entropy(logits, targets, V, reduction="sum")
+    cross_entropy.cross_entropy(logits.detach(), targets, V, reduction="mean")
+    assert names == ["_forward", "_forward"]
+
+
+def test_small_gradients_of_an_fp16_mean_survive_until_the_loss_scale():
+    logits = torch.zeros(8, 8, dtype=torch.float16)
+    logits[:, 3] = -12.0  # a probability of 9e-7, an eighth of which fp16 has hardly any digits for
+    logits.requires_grad_()
+    targets, scale = torch.zeros(8, dtype=torch.int64), torch.tensor(2.0**12)
+    loss = cross_entropy.cross_entropy(logits, targets, 8, reduction="mean")
+    (gradient,) = torch.autograd.grad(loss, logits, scale)
+    exact = scale / 8 * logits.detach().double().softmax(1)[:, 3]
+    torch.testing.assert_close(gradient[:, 3].double(), exact, rtol=1e-3, atol=0)
+
+
+def test_seen_by_a_mode_it_is_the_custom_op_with_the_same_numbers():
+    for reduction in ("sum", "mean"):
+        logits, targets, V = losses_case(torch.bfloat16)
+        results = []
+        for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
+            with mode:
+                loss = cross_entropy.cross_entropy(logits, targets, V, z_loss=1e-3, reduction=reduction)
+                results.append((loss, *torch.autograd.grad(loss, logits, torch.tensor(0.7))))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_an_unknown_reduction_is_refused(backend):
+    logits, targets, V = losses_case()
+    with pytest.raises(ValueError, match="'none', 'sum' or 'mean', not 'avg'"):
+        ops.cross_entropy.load(backend).function(logits, targets, V, reduction="avg")
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses everything that makes the host wait for the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"), f"{name} waits"
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_no_loss():
+    logits, targets, V = losses_case()
+    x, weight, all_targets = head()
+    with NoSync(), torch.no_grad():
+        _, dlogits = cross_entropy._launch_one_pass(logits, targets, V, -100, 0.1, 1e-3, 9.0, True)
+        cross_entropy._launch_scale(dlogits, torch.tensor(0.5))
+        options = (30, -100, 0.1, 1e-3, 9.0, 7)
+        loss, dx, dweight = linear_cross_entropy._launch_forward(x, weight, all_targets, *options, True, True)
+        linear_cross_entropy._launch_backward(loss, dx, dweight, torch.bfloat16, torch.float32)
+        with pytest.raises(AssertionError, match="waits"):
+            loss.item()
+
+
 # ------------------------------------------------------------------------------------------------ linear_cross_entropy
 
 N, C, VP = 24, 8, 32
@@ -180,6 +303,22 @@ def test_the_upstream_gradient_is_not_rounded_to_the_compute_dtype():
     (third,) = torch.autograd.grad(loss, weight32, torch.tensor(1 / 3))
     assert weight32.dtype == third.dtype == torch.float32
     torch.testing.assert_close(third * 3, one, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk", [24, 5])
+def test_the_weights_gradient_is_never_rounded_to_the_compute_dtype(dtype, chunk):
+    """It is the fp32 product of what the kernel wrote in 16 bits, summed over the chunks in fp32."""
+    x, weight, targets = head()
+    x = x.detach().to(dtype)
+    loss = linear_cross_entropy.linear_cross_entropy(x, weight, targets, 30, chunk=chunk)
+    (dweight,) = torch.autograd.grad(loss, weight)
+    logits = torch.mm(x, weight.detach().to(dtype).t())
+    cross_entropy.losses_and_gradient_in_place(logits, targets, torch.empty(N), 30, -100, 0.0, 0.0, 0.0)
+    exact = logits.double().t() @ x.double()
+    assert dweight.dtype == torch.float32
+    torch.testing.assert_close(dweight.double(), exact, rtol=1e-5, atol=1e-6)
+    assert (dweight.to(dtype).float() != dweight)[:30].float().mean() > 0.9
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 24, 1000])
