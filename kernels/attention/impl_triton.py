@@ -563,6 +563,7 @@ SMALLER = {
     ("backward_queries", "ampere", 64, "dropout"): Config(64, 32, 4, 2),
     ("backward_queries", "hopper", 128, "several"): Config(64, 32, 8, 2),
     ("backward_queries", "blackwell", 128, "softcap"): Config(64, 32, 8, 2),
+    ("backward_queries", "blackwell", 128, "several"): Config(64, 16, 8, 2),
 }
 
 
