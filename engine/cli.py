@@ -1054,12 +1054,12 @@ def _check_kernels(argv: list[str]) -> int:
     if bad := [arch for arch in options.arch if not re.fullmatch(r"sm_\d{2,3}", arch)]:
         raise UsageError(f"--arch wants GPU architectures such as sm_90, not {bad[0]!r}")
     device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    names = options.dtypes or (("fp32",) if interpreting() else DEFAULT_DTYPES)
+    dtypes = options.dtypes or (("fp32",) if interpreting() else DEFAULT_DTYPES)
     if interpreting() and not options.dtypes:
         print("Triton's interpreter computes bfloat16 wrongly: fp32 alone is held to the contract")
     words = {}
     for op, backend in pairs:
-        words[f"{op.name}.{backend}"] = _verdict(op, backend, device, names, options, alone=named)
+        words[f"{op.name}.{backend}"] = _verdict(op, backend, device, dtypes, options, alone=named)
     kinds = [word.partition(":")[0] for word in words.values()]
     if len(words) == 1:
         print(f"\nverdict: {next(iter(words.values()))}")

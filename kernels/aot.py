@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import fnmatch
 import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -54,7 +55,7 @@ from triton.runtime.jit import JITFunction
 from tritium.kernels import peaks
 from tritium.kernels.case import Budget, Case
 from tritium.kernels.contract import site_of
-from tritium.kernels.op import Backend, Op
+from tritium.kernels.op import Backend, KernelError, Op
 from tritium.kernels.ops import OPS
 from tritium.kernels.site import Machine, interpreting
 
@@ -350,7 +351,8 @@ def _bits(opcode: str) -> int:
 @cache
 def _read_binary(cubin: bytes) -> dict[str, Any]:
     """registers, stack and how often each instruction stands in a binary. Kept on disk: nvdisasm takes a second."""
-    key = hashlib.sha256(cubin + Path(__file__).read_bytes() + triton.__version__.encode()).hexdigest()
+    reader = inspect.getsource(_read_binary.__wrapped__) + triton.__version__
+    key = hashlib.sha256(cubin + reader.encode()).hexdigest()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     kept = Path(base) / "tritium" / "aot" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError):
@@ -520,7 +522,11 @@ class Done:
 def run_job(job: Job) -> Done:
     """Compile one job's kernels in this process."""
     started, done, op = time.monotonic(), Done(job), OPS[job.op]
-    backend = op.load(job.backend)
+    try:
+        backend = op.load(job.backend)
+    except KernelError as error:
+        done.errors.append(str(error))
+        return done
     tried = False
     for case in op.cases.CASES:
         if case.name not in job.cases:
@@ -661,7 +667,7 @@ FORECAST_HEAD = ("op", "case", "", "bound by", "bound, ms", "goal, ms", "goal / 
 def forecast_rows(ops: Sequence[Op], peak: peaks.Peak, patterns: Sequence[str] = ()) -> list[tuple[str, ...]]:
     """Rows under FORECAST_HEAD: of every case (default: the large ones) the least time that the GPU's peaks allow, and
     the goal's."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for op in ops:
         for case in (c for c in op.cases.CASES if _chosen(c, patterns)):
             for f in peaks.forecast(op, case, peak):

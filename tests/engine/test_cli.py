@@ -600,34 +600,87 @@ def test_kernels_refuse_what_cannot_be_met(tritium, monkeypatch):
     assert "not 'hopper'" in err
 
 
-def test_kernels_check_gives_a_verdict_and_a_status(tritium, tmp_path):
+@pytest.fixture
+def my_kernels(tmp_path, monkeypatch):
+    """A user's backends of gelu: one right, one 2 % off, one that calls what takes no tensors without memory, one that
+    is for another machine."""
     package = tmp_path / "my_kernels"
     package.mkdir()
     (package / "__init__.py").touch()
     good = "import torch.nn.functional as F\ndef gelu(x, approximate='tanh'): return F.gelu(x, approximate=approximate)"
     (package / "good.py").write_text(good)
     (package / "bad.py").write_text(good.replace("=approximate)", "=approximate) * 1.02"))
-    path = list(sys.path)
-    try:
-        status, out, err = tritium(
-            "kernels", "check", "my_kernels.good", "--op", "gelu", "--device", "cpu", "--precision", "fp32"
-        )
-        assert (status, err) == (0, "")
-        assert "gelu.my_kernels.good on cpu holds the contract" in out
-        status, out, _ = tritium(
-            "kernels", "check", "my_kernels.bad", "--op", "gelu", "--device", "cpu", "--precision", "fp32"
-        )
-        assert status == 1
-        assert "BREAKS the contract" in out
-        status, _, err = tritium("kernels", "check", "my_kernels.none", "--op", "gelu", "--device", "cpu")
-        assert status == 1
-        assert "my_kernels.none" in err
-    finally:
-        sys.path[:] = path
+    (package / "native.py").write_text(good.replace("return", "x.data_ptr(), x.detach().sum().item(); return"))
+    (package / "elsewhere.py").write_text(good + "\ndef unsupported(site): return 'is for another machine'")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield package
+    for op in ops.OPS.values():
+        op._loaded.clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_kernels"]:
+        del sys.modules[name]
+
+
+CHECK = ("--op", "gelu", "--device", "cpu", "--dtypes", "fp32", "--cases", "odd")
+
+
+def test_kernels_check_gives_a_verdict_and_a_status(tritium, my_kernels):
+    status, out, err = tritium("kernels", "check", "my_kernels.good", *CHECK, "--arch", "sm_90")
+    assert (status, err) == (0, "")
+    sections = re.split(r"^== (\w+) of gelu\.my_kernels\.good$", out, flags=re.M)
+    assert sections[1::2] == ["contract", "resources", "benchmark"]
+    assert "gelu.my_kernels.good on cpu holds the contract (1 passed, 0 failed, 0 refused)" in sections[2]
+    assert "no Triton kernels: resources not applicable" in sections[4]
+    rows = re.findall(r"^gelu\.my_kernels\.good +odd +fp32 +(forward\S*) .* × reference \[", sections[6], re.M)
+    assert rows == ["forward", "forward+backward"]
+    assert out.splitlines()[-1] == "verdict: right"
+
+
+def test_kernels_check_shows_no_speed_of_what_is_wrong(tritium, my_kernels):
+    status, out, _ = tritium("kernels", "check", "my_kernels.bad", *CHECK, "--no-resources")
+    assert status == 1
+    assert "BREAKS the contract" in out
+    assert " ms [" not in out and "no speed is shown of a backend that is wrong" in out
+    assert out.splitlines()[-1] == "verdict: wrong: breaks the contract (1 of 1 cases)"
+
+
+def test_kernels_check_of_what_cannot_run_is_refused(tritium, my_kernels):
+    status, out, _ = tritium("kernels", "check", "my_kernels.elsewhere", *CHECK, "--arch", "sm_90")
+    assert status == 1
+    assert "== resources of gelu.my_kernels.elsewhere\nrefused: is for another machine\n" in out
+    assert " ms [" not in out
+    assert out.splitlines()[-1] == "verdict: refused: no case could be run on cpu: is for another machine"
+    status, _, err = tritium("kernels", "check", "my_kernels.none", "--op", "gelu", "--device", "cpu")
+    assert status == 1
+    assert "my_kernels.none" in err
+
+
+def test_kernels_check_looks_at_the_resources_of_what_cannot_be_called_without_memory(tritium, my_kernels):
+    status, out, _ = tritium("kernels", "check", "my_kernels.native", *CHECK, "--arch", "sm_90", "--no-bench")
+    assert (status, out.splitlines()[-1]) == (0, "verdict: right")
+    assert "no Triton kernels: resources not applicable\n(called on tensors without memory: gelu odd sm_90: " in out
+
+
+def test_kernels_check_says_right_only_of_what_was_measured(tritium, my_kernels, monkeypatch):
+    from tritium.benchmarks import kernels
+
+    monkeypatch.setattr(kernels, "bench_ops", lambda request, gate, clock, refused: iter(()))
+    status, out, _ = tritium("kernels", "check", "my_kernels.good", *CHECK, "--no-resources")
+    assert status == 1
+    assert out.splitlines()[-1].startswith("verdict: not measured: right as far as the contract shows")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(("--cases", "od"), "odd"), (("--arch", "hopper"), "sm_90"), (("--dtypes", "fp64"), "fp32")],
+)
+def test_kernels_check_refuses_flags_it_does_not_understand(tritium, flags, named):
+    status, _, err = tritium("kernels", "check", "reference", "--op", "gelu", *flags)
+    assert status == 2
+    assert named in err
 
 
 def test_kernels_check_without_a_backend_tries_all_of_them(tritium):
-    status, out, err = tritium("kernels", "check", "--op", "rms_norm", "gelu", "--precision", "fp32", "--device", "cpu")
+    status, out, err = tritium("kernels", "check", "--op", "rms_norm", "gelu", "--dtypes", "fp32", "--device", "cpu")
     verdicts = re.findall(r"^(\w+)\.(\w+) on cpu (holds|refuses|BREAKS)", out, re.M)
     from tritium.kernels.ops import OPS
 
@@ -635,6 +688,9 @@ def test_kernels_check_without_a_backend_tries_all_of_them(tritium):
     assert {(op, b) for op, b, _ in verdicts} == expected, err
     tried = any(word == "holds" for _, _, word in verdicts) and not any(word == "BREAKS" for _, _, word in verdicts)
     assert (status == 0) == tried
-    status, out, _ = tritium("kernels", "check", "apex", "--op", "rms_norm", "--precision", "fp32", "--device", "cpu")
+    assert out.splitlines()[-1].startswith("verdict: right (" if tried else "verdict: ")
+    assert "== " not in out, "the contract alone"
+    status, out, _ = tritium("kernels", "check", "apex", "--op", "rms_norm", "--dtypes", "fp32", "--device", "cpu",
+                             "--no-resources")  # fmt: skip
     assert status == 1  # asked for by name, and could not be tried
     assert "refuses every case" in out

@@ -1,8 +1,10 @@
 """docs/kernels.md and docs/numerics.md: the examples run, the bounds are the code's."""
 
 import importlib
+import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -40,8 +42,8 @@ def examples(tmp_path, monkeypatch):
 def test_the_page_has_the_examples_it_should(examples):
     _, names = examples
     assert names == [
-        "my_package/my_norm.py", "check_mine.py", "my_package/impl_mine.py", "check_backend.py",
-        "mish/reference.py", "mish/cases.py",
+        "my_package/my_norm.py", "check_mine.py", "my_package/my_relu2.py", "my_package/impl_mine.py",
+        "check_backend.py", "mish/reference.py", "mish/cases.py",
     ]  # fmt: skip
 
 
@@ -54,6 +56,47 @@ def test_bring_your_own(examples, capsys):
     (row,) = bind(model, {"rms_norm": "my_package.my_norm"}, machine=Machine("cpu", "x86_64"), phases=("train",))
     assert row.backend == "my_package.my_norm"
     assert model.norm(torch.ones(2, 8), torch.ones(8)).shape == (2, 8)
+
+
+def verdict(folder, module, *flags):
+    """What `tritium kernels check` says of a Triton backend of relu2 on a machine without a GPU: the page's command."""
+    assert "TRITON_INTERPRET=1 tritium kernels check my_package.my_relu2 --op relu2 --no-bench\n" in KERNELS
+    command = [sys.executable, "-P", "-m", "tritium.engine.cli", "kernels", "check", module, "--op", "relu2", *flags]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+        timeout=110,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def test_a_triton_kernel_of_ones_own(examples):
+    """The contract in Triton's interpreter, the resources compiled: right; one gradient 2 % off: wrong."""
+    folder, _ = examples
+    status, out = verdict(folder, "my_package.my_relu2", "--no-bench", "--device", "cpu", "--arch", "sm_90")
+    assert status == 0, out
+    assert "relu2.my_package.my_relu2 on cpu holds the contract" in out
+    for kernel in ("_forward_kernel", "_backward_kernel"):
+        assert re.search(rf"^relu2 +{kernel} +sm_90 .* bfloat16 +BLOCK=1024 .* 128, 128$", out, re.M), out
+    assert out.splitlines()[-1] == "verdict: right"
+    text = (folder / "my_package" / "my_relu2.py").read_text()
+    assert text.count("2.0 * x * dy") == 1
+    (folder / "my_package" / "planted.py").write_text(text.replace("2.0 * x * dy", "2.04 * x * dy"))
+    status, out = verdict(folder, "my_package.planted", "--no-resources", "--device", "cpu")
+    assert status == 1, out
+    assert "no speed is shown of a backend that is wrong" in out
+    assert out.splitlines()[-1].startswith("verdict: wrong: breaks the contract (")
+
+
+def test_a_triton_kernel_that_spills_is_wrong(examples):
+    """The example's tile on one warp, with every element in registers at once."""
+    folder, _ = examples
+    text = (folder / "my_package" / "my_relu2.py").read_text().replace("BLOCK = 1024", "BLOCK = 8192")
+    (folder / "my_package" / "spills.py").write_text(text.replace("num_warps=4", "num_warps=1"))
+    flags = ("--device", "cpu", "--arch", "sm_90", "--dtypes", "fp32", "--cases", "many")
+    status, out = verdict(folder, "my_package.spills", *flags)
+    assert status == 1, out
+    assert "holds the contract" in out and "spills: " in out
+    assert "kernels over the limits of the GPU" in out.splitlines()[-1] or "1 kernel over" in out.splitlines()[-1]
 
 
 def test_a_backend_with_its_own_backward(examples):
