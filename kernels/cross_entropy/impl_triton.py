@@ -236,8 +236,8 @@ def config(V: int) -> Config:
 
 
 def scale_config() -> ScaleConfig:
-    """16 elements a thread; no more programs than are resident, so that returning at once costs nothing."""
-    return ScaleConfig(4096, 8, programs_per_processor=4)
+    """8 elements a thread; no more programs than are resident, so that returning at once costs nothing."""
+    return ScaleConfig(2048, 8, programs_per_processor=8)
 
 
 @cache
