@@ -97,7 +97,7 @@ def _affine(case: Case, dtype: torch.dtype) -> int:
 
 
 BUDGETS = (
-    Budget("_forward", registers=96, threads=1024, needs=("wide loads", "wide stores")),
+    Budget("_forward", registers=96, threads=768, needs=("wide loads", "wide stores")),
     Budget("_backward", registers=128, threads=512, needs=("wide loads", "wide stores")),
     Budget("_forward_wide", registers=96, threads=1024, needs=("wide loads", "wide stores")),
     Budget("_means_wide", registers=96, threads=1024, needs=("wide loads",)),

@@ -83,7 +83,7 @@ def bytes_backward(case: Case, dtype: torch.dtype) -> int:
     return bytes(case, dtype)
 
 
-BUDGETS = (Budget("_turn", registers=64, threads=1024, needs=("wide loads", "wide stores")),)
+BUDGETS = (Budget("_turn", registers=72, threads=896, needs=("wide loads", "wide stores")),)
 GOALS = (
     Goal("*", "forward", 2.8, "TB/s", "1.63 TB/s on an A100 (Liger)"),
     Goal("*", "backward", 2.8, "TB/s", "1.63 TB/s on an A100 (Liger)"),
