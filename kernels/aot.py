@@ -700,6 +700,8 @@ def page(found: Mapping[str, Sequence[Line]], ops: Sequence[Op]) -> str:
     for arch in dict.fromkeys(row[2] for row in rows):
         mine = [tuple(row[i] for i in kept) for row in rows if row[2] == arch]
         parts += [f"### {arch}", _markdown([HEAD[i] for i in kept], mine)]
+    over = [f"- {text} (Triton {version})" for version, lines in found.items() for text in over_limits(lines)]
+    parts += ["### Over their limits", "\n".join(over) or "None."]
     peak = peaks.H100
     parts += [
         f"## Forecast for one {peak.name}: not run",
@@ -814,6 +816,13 @@ def _main(options: argparse.Namespace, ops: Sequence[Op]) -> int:
     return _status(results)
 
 
+def over_limits(lines: Sequence[Line]) -> list[str]:
+    """The kernels that fail, a line each: which, and why."""
+    return sorted(
+        {f"{x.op} {x.resources.kernel} {x.resources.arch} ({x.tile}): {x.problem}" for x in lines if x.problem}
+    )
+
+
 def report(result: Mapping[str, Any]) -> None:
     """Refusals, errors and problems of one version, and a last line with their numbers."""
     for text in result["refused"]:
@@ -821,7 +830,7 @@ def report(result: Mapping[str, Any]) -> None:
     for text in result["errors"]:
         print(f"FAILED: {text}")
     different = {(line.op, line.tile, line.resources, line.problem) for line in result["lines"]}
-    over = sorted((f"{op} {r.kernel} {r.arch} ({tile}): {problem}" for op, tile, r, problem in different if problem))
+    over = over_limits(result["lines"])
     for text in over:
         print(f"OVER: {text}")
     if not result["lines"]:

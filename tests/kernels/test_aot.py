@@ -354,8 +354,9 @@ def test_lines_survive_the_way_between_processes():
 def test_the_page_is_written_between_its_markers(tmp_path):
     path = tmp_path / "page.md"
     path.write_text(f"before\n{aot.BEGIN}\nold\n{aot.END}\nafter\n")
-    aot.write_page(path, aot.page({"3.9.0": [line_of()]}, [ops.layer_norm]))
+    aot.write_page(path, aot.page({"3.9.0": [line_of()], "3.6.0": [line_of(stack=8)]}, [ops.layer_norm]))
     text = path.read_text()
+    assert "- layer_norm _forward sm_90 (BLOCK_C=1024): spills: 8 bytes" in text and "(Triton 3.6.0)\n\n" in text
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| layer_norm | _forward | gpt2_124m | BLOCK_C=1024 |" in text
     assert "not run" in text and "2.7 TB/s" in text
