@@ -30,7 +30,7 @@ PRODUCTS: dict[str, dict[str, tuple]] = {
     "linear": {"N": ROWS, "C": (1, 16, 70), "F": (1, 24, 65), "bias": (True, False)},
     "embedding": {"N": ROWS, "V": (1, 7, 60), "C": (1, 24, 130), "repeated": (False, True)},
     "attention": {
-        "T": ((37, 37), (5, 70), (70, 33), (1, 9)), "heads": ((2, 2), (4, 2), (3, 1)), "D": (8, 24, 64),
+        "T": ((37, 37), (5, 70), (70, 33)), "heads": ((2, 2), (4, 2), (3, 1)), "D": (8, 24, 64),
         "causal": (True, False), "documents": (False, True), "window": (0, 6), "softcap": (0.0, 7.0),
         "dropout": (0.0, 0.2), "scale": (None, -0.4),
     },

@@ -151,6 +151,7 @@ def needs_gradient(value: torch.Tensor) -> bool:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ops.OPS)
 def test_full_every_case_and_variant(name, dtype, tally):
@@ -160,7 +161,7 @@ def test_full_every_case_and_variant(name, dtype, tally):
 
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "piece"), list(products.pieces()), ids=str)
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600)
 def test_full_product_of_options(name, piece, tally):
     for case, dtype in products.cases(name, piece):
         report = contract.check(ops.OPS[name], "triton", case, dtype, variants=("plain",))
