@@ -80,7 +80,7 @@ def test_of_a_function_without_a_gradient_the_forward_alone_is_timed():
 
 def test_an_unknown_op_or_dtype_is_named(capsys):
     for arguments, said in (
-        (["geglu"], "no op geglu; ops: linear"),
+        (["gegelu"], "no op gegelu; ops: linear"),
         (["gelu", "--dtypes", "fp4"], "no dtype fp4; dtypes: fp32"),
     ):
         with pytest.raises(SystemExit) as raised:
