@@ -83,7 +83,7 @@ def differentiable(
         return ctx.constants
 
     def unstash(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        if outputs > 1 and any([g is None for g in grads]):
+        if outputs > 1 and any(g is None for g in grads):
             grads = [
                 torch.zeros(s, dtype=t, device=d) if g is None else g
                 for g, (s, t, d) in zip(grads, ctx.grad_shapes, strict=True)

@@ -527,7 +527,7 @@ TILES = {
     ("backward_keys", "ampere", 64): Config(32, 128, 8, 2),
     ("backward_keys", "hopper", 64): Config(64, 64, 4, 2),
     ("backward_keys", "blackwell", 64): Config(64, 64, 8, 2),
-    ("backward_keys", "ampere", 128): Config(32, 64, 4, 2),
+    ("backward_keys", "ampere", 128): Config(32, 64, 8, 2),  # with 4 warps Triton 3.6 spills
     ("backward_keys", "hopper", 128): Config(32, 128, 8, 2),
     ("backward_keys", "blackwell", 128): Config(32, 64, 8, 2),
     ("backward_keys", "ampere", 256): Config(32, 32, 8, 1),
@@ -552,9 +552,6 @@ SMALLER = {
     ("forward", "ampere", 128, "softcap"): Config(128, 32, 8, 3),
     ("forward", "hopper", 128, "dropout"): Config(128, 32, 8, 3),
     ("forward", "hopper", 256, "several"): Config(32, 32, 8, 2),
-    ("backward_keys", "ampere", 128, "mask"): Config(32, 64, 8, 2),
-    ("backward_keys", "ampere", 128, "softcap"): Config(32, 64, 8, 2),
-    ("backward_keys", "ampere", 128, "dropout"): Config(32, 64, 8, 2),
     ("backward_keys", "hopper", 64, "several"): Config(64, 64, 8, 2),
     ("backward_keys", "hopper", 128, "several"): Config(32, 64, 8, 2),
     ("backward_keys", "blackwell", 64, "mask"): Config(32, 64, 8, 2),
@@ -624,7 +621,8 @@ def _constants(
 
 @functools.cache
 def _delta_constants(D: int) -> launch.Constants:
-    return launch.constants(D=D, BLOCK_D=_block_d(D), BLOCK_M=64, num_warps=4)
+    """32 elements a thread of y and of dy."""
+    return launch.constants(D=D, BLOCK_D=_block_d(D), BLOCK_M=max(4096 // _block_d(D), 16), num_warps=4)
 
 
 def _block_d(D: int) -> int:
@@ -691,8 +689,9 @@ def backward(
         *((0, 0) if seq_start is None else seq_start.stride()), Tq, Tk,
     )  # fmt: skip
     with launch.on_device(q):
+        of_delta = _delta_constants(D)
         _delta_kernel(
-            (B * H * -(-Tq // 64),), _delta_constants(D), y, dy, lse, dlse, delta, db, dt, dh, lb, lh, lt, Tq, H
+            (B * H * -(-Tq // of_delta["BLOCK_M"]),), of_delta, y, dy, lse, dlse, delta, db, dt, dh, lb, lh, lt, Tq, H
         )  # fmt: skip
         _backward_keys_kernel(
             (B * G * -(-Tk // keys.BLOCK),), keys.constants,

@@ -163,6 +163,30 @@ def config(C: int, itemsize: int) -> Config:
     return Config(elements // BLOCK_C, BLOCK_C, num_warps)
 
 
+_gather_kernel, _make_keys_kernel = launch.Kernel(_gather), launch.Kernel(_make_keys)
+_find_runs_kernel, _sum_chunks_kernel = launch.Kernel(_find_runs), launch.Kernel(_sum_chunks)
+_sum_runs_kernel = launch.Kernel(_sum_runs)
+_KEYS = launch.constants(BLOCK_N=1024, num_warps=4)
+_RUNS = launch.constants(BLOCK_V=128, num_warps=4)
+
+
+@cache
+def _gathering(C: int, tile: Config) -> launch.Constants:
+    return launch.constants(C=C, BLOCK_N=tile.ROWS, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps)
+
+
+@cache
+def _summing(C: int, tile: Config) -> tuple[launch.Constants, launch.Constants]:
+    """Of the kernels that sum chunks and runs. Most runs are of one row or two, so UNROLL rows in flight are enough.
+    maxnreg: without it ptxas aims at fewer registers than there are, and spills one; so it does with 4 rows.
+    """
+    of_chunks = launch.constants(C=C, BLOCK_C=tile.BLOCK_C, UNROLL=8, num_warps=2)
+    of_runs = launch.constants(
+        C=C, BLOCK_V=tile.ROWS, BLOCK_C=tile.BLOCK_C, UNROLL=2, num_warps=tile.num_warps, maxnreg=64
+    )
+    return of_chunks, of_runs
+
+
 def log_chunk_of(N: int) -> int:
     """log₂ CHUNK: CHUNK is from √N/4 to √N/2, and at least 32, so that one program adds neither many rows nor many
     sums."""
@@ -182,9 +206,9 @@ def _launch_forward(ids: Tensor, weight: Tensor) -> tuple[Tensor]:
         ids, weight = ids.reshape(-1), launch.unit_stride(weight)
         tile = config(C, weight.element_size())
         with launch.on_device(weight):
-            _gather[(-(-N // tile.ROWS) * -(-C // tile.BLOCK_C),)](
+            _gather_kernel(
+                (launch.cdiv(N, tile.ROWS) * launch.cdiv(C, tile.BLOCK_C),), _gathering(C, tile),
                 ids, weight, y, ids.stride(0), weight.stride(0), N, V,
-                C=C, BLOCK_N=tile.ROWS, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps, **launch.OPTIONS,
             )  # fmt: skip
     return (y,)
 
@@ -205,25 +229,16 @@ def _launch_backward(dy: Tensor, ids: Tensor, V: int) -> tuple[Tensor]:
     sums = torch.empty(chunks, C, dtype=torch.float32, device=dy.device)
     tile = config(C, dy.element_size())
     tiles = -(-C // tile.BLOCK_C)
-    unroll = 4 if dy.element_size() == 2 else 3  # rows in flight; with 4 of fp32 a register spills on sm_100
+    of_chunks, of_runs = _summing(C, tile)
     with launch.on_device(dy):
-        _make_keys[(-(-N // 1024),)](
-            ids, keys, ids.stride(0), N, V, lowest, highest, BLOCK_N=1024, num_warps=4, **launch.OPTIONS
-        )
+        _make_keys_kernel((launch.cdiv(N, 1024),), _KEYS, ids, keys, ids.stride(0), N, V, lowest, highest)
         keys, order = torch.sort(keys, stable=True)
-        _find_runs[(-(-(V + 1) // 128),)](
-            keys, starts, N, V, lowest, N.bit_length(), BLOCK_V=128, num_warps=4, **launch.OPTIONS
-        )
+        _find_runs_kernel((launch.cdiv(V + 1, 128),), _RUNS, keys, starts, N, V, lowest, N.bit_length())
         if chunks > 0:
-            _sum_chunks[(chunks * tiles,)](
-                dy, keys, order, sums, stride_dy, log_chunk, C=C, BLOCK_C=tile.BLOCK_C, UNROLL=8, num_warps=2,
-                **launch.OPTIONS,
-            )  # fmt: skip
-        _sum_runs[(-(-V // tile.ROWS) * tiles,)](
-            dy, order, starts, sums, dweight, stride_dy, V, log_chunk,
-            C=C, BLOCK_V=tile.ROWS, BLOCK_C=tile.BLOCK_C, UNROLL=unroll, num_warps=tile.num_warps,
-            **launch.OPTIONS,
-        )  # fmt: skip
+            _sum_chunks_kernel((chunks * tiles,), of_chunks, dy, keys, order, sums, stride_dy, log_chunk)
+        _sum_runs_kernel(
+            (launch.cdiv(V, tile.ROWS) * tiles,), of_runs, dy, order, starts, sums, dweight, stride_dy, V, log_chunk
+        )
     return (dweight,)
 
 

@@ -21,34 +21,44 @@ from triton.runtime.jit import JITFunction
 from tritium.kernels.site import Site, interpreting, triton_unavailable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NOTHING = contextlib.nullcontext()
 # for every launch: a·b + c in one instruction, which Triton 3.10 will not make unless asked, as 3.9 warns
 OPTIONS = {"enable_fp_fusion": True}
 INTERPRETED_ARCH, INTERPRETED_PROCESSORS = 90, 3
 INTERPRETED_BF16 = False  # the interpreter calculates on the bits of a bf16 tensor as if they were an integer's
 
 
+_INTERPRETED = interpreting()  # as Triton decided when it was imported
+_devices: dict[tuple[type, int], tuple[int, int]] = {}
+
+
+def _device() -> tuple[int, int]:
+    """(compute capability, processors) of the current device; asked of a driver once, which takes it microseconds."""
+    if _INTERPRETED:
+        return INTERPRETED_ARCH, INTERPRETED_PROCESSORS
+    active = driver.active
+    device = active.get_current_device()
+    found = _devices.get((type(active), device))
+    if found is None:
+        count = active.utils.get_device_properties(device)["multiprocessor_count"]
+        found = _devices[type(active), device] = (int(active.get_current_target().arch), int(count))
+    return found
+
+
 def arch() -> int:
     """The compute capability Triton compiles for: 90 for sm_90."""
-    return INTERPRETED_ARCH if interpreting() else int(driver.active.get_current_target().arch)
-
-
-_processors: dict[tuple[int, int], int] = {}
+    return _device()[0]
 
 
 def processors() -> int:
     """The number of streaming multiprocessors of the current device."""
-    if interpreting():
-        return INTERPRETED_PROCESSORS
-    key = (arch(), int(driver.active.get_current_device()))
-    if key not in _processors:
-        _processors[key] = int(driver.active.utils.get_device_properties(key[1])["multiprocessor_count"])
-    return _processors[key]
+    return _device()[1]
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device; this makes it the tensor's."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
     return torch.cuda.device(tensor.device)
 
 

@@ -237,6 +237,7 @@ class Config(NamedTuple):
     programs: int = 0
 
 
+@cache
 def config(C: int, itemsize: int, *, add: bool, backward: bool) -> Config:
     """The tile for rows of C elements of itemsize bytes: whole rows as long as they fit, short ones grouped.
 
@@ -273,9 +274,40 @@ _launch_add_partials = launch.Kernel(_add_partials)
 
 
 @cache
-def _constants(tile: Config, names: tuple[str, ...], **others: Any) -> launch.Constants:
-    """What a kernel is compiled with: those parts of its tile that it takes, and others."""
-    return launch.constants(**{name: getattr(tile, name) for name in names}, num_warps=tile.num_warps, **others)
+def _forward_plan(C: int, itemsize: int, add: bool) -> tuple[Config, launch.Constants]:
+    """The tile, and what the kernel is compiled with: of whole rows, or of wide ones."""
+    tile = config(C, itemsize, add=add, backward=False)
+    if C <= tile.BLOCK_C:
+        return tile, launch.constants(C=C, BLOCK_N=tile.BLOCK_N, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps)
+    return tile, launch.constants(C=C, BLOCK_C=tile.BLOCK_C, STAGES=tile.STAGES, num_warps=tile.num_warps)
+
+
+class _BackwardPlan(NamedTuple):
+    """tiles: of a row; most: programs; columns: of a tile of the sums. What the three kernels are compiled with: rows,
+    means of wide ones, sums of shares."""
+
+    BLOCK_N: int
+    tiles: int
+    most: int
+    columns: int
+    rows: launch.Constants
+    means: launch.Constants
+    shares: launch.Constants
+
+
+@cache
+def _backward_plan(C: int, itemsize: int, add: bool, bias: bool, processors: int) -> _BackwardPlan:
+    tile = config(C, itemsize, add=add, backward=True)
+    tiles = launch.cdiv(C, tile.BLOCK_C)
+    most = max(processors * tile.programs // tiles, 1)
+    sums = shares_config(most, C)
+    walk: dict[str, int] = {"C": C, "BLOCK_C": tile.BLOCK_C, "STAGES": tile.STAGES, "num_warps": tile.num_warps}
+    return _BackwardPlan(
+        tile.BLOCK_N, tiles, most, sums.BLOCK_C,
+        launch.constants(HAS_BIAS=bias, BLOCK_N=tile.BLOCK_N, **walk),
+        launch.constants(**walk),
+        launch.constants(C=C, BLOCK_N=sums.BLOCK_N, BLOCK_C=sums.BLOCK_C, num_warps=sums.num_warps),
+    )  # fmt: skip
 
 
 def _rows(x: Tensor, C: int) -> tuple[Tensor, int]:
@@ -325,7 +357,7 @@ def forward(
     N, C = rstd.numel(), x.shape[-1]
     if N == 0:
         return found
-    tile = config(C, x.element_size(), add=residual is not None, backward=False)
+    tile, constants = _forward_plan(C, x.element_size(), residual is not None)
     x, stride_x = _rows(x, C)
     stride_residual = 0
     if residual is not None:
@@ -334,12 +366,12 @@ def forward(
     with launch.on_device(x):
         if C <= tile.BLOCK_C:
             _launch_forward(
-                (launch.cdiv(N, tile.BLOCK_N),), _constants(tile, ("BLOCK_N", "BLOCK_C"), C=C),
+                (launch.cdiv(N, tile.BLOCK_N),), constants,
                 x, residual, weight, bias, y, s, mean, rstd, stride_x, stride_residual, N, eps,
             )  # fmt: skip
         else:
             _launch_forward_wide(
-                (N,), _constants(tile, ("BLOCK_C", "STAGES"), C=C),
+                (N,), constants,
                 x, residual, weight, bias, y, s, mean, rstd, stride_x, stride_residual, eps,
             )  # fmt: skip
     return found
@@ -370,10 +402,8 @@ def backward(
         dweight.zero_()
         dbias.zero_()
         return found
-    tile = config(C, s.element_size(), add=ds is not None, backward=True)
-    tiles = launch.cdiv(C, tile.BLOCK_C)
-    most = max(launch.processors() * tile.programs // tiles, 1)
-    P = min(launch.cdiv(N, tile.BLOCK_N), most)
+    plan = _backward_plan(C, s.element_size(), ds is not None, bias is not None, launch.processors())
+    P = min(launch.cdiv(N, plan.BLOCK_N), plan.most)
     dy, stride_dy = _rows(dy, C)
     s, stride_s = _rows(s, C)
     stride_ds = 0
@@ -384,28 +414,18 @@ def backward(
     if weight is not None:
         partial = rstd.new_empty((1 if bias is None else 2, P, C))
     with launch.on_device(s):
-        if tiles > 1:
+        if plan.tiles > 1:
             means = rstd.new_empty((N, 2))
             _launch_means_wide(
-                (N,),
-                _constants(tile, ("BLOCK_C", "STAGES"), C=C),
-                dy,
-                s,
-                weight,
-                mean,
-                rstd,
-                means,
-                stride_dy,
-                stride_s,
-            )
+                (N,), plan.means, dy, s, weight, mean, rstd, means, stride_dy, stride_s
+            )  # fmt: skip
         _launch_backward(
-            (P, tiles), _constants(tile, ("BLOCK_N", "BLOCK_C", "STAGES"), C=C, HAS_BIAS=bias is not None),
+            (P, plan.tiles), plan.rows,
             dy, ds, s, weight, mean, rstd, means, dx, partial, stride_dy, stride_ds, stride_s, N,
         )  # fmt: skip
         if partial is not None:
-            adding = shares_config(most, C)
             _launch_add_partials(
-                (launch.cdiv(C, adding.BLOCK_C), partial.shape[0]), _constants(adding, ("BLOCK_N", "BLOCK_C"), C=C),
+                (launch.cdiv(C, plan.columns), partial.shape[0]), plan.shares,
                 partial, dweight, None if bias is None else dbias, P,
             )  # fmt: skip
     return found

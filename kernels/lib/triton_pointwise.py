@@ -178,6 +178,18 @@ def config(F: int, itemsize: int, one_row: bool = False) -> Config:
     return Config(elements // BLOCK_F, BLOCK_F, num_warps)
 
 
+_unary_forward_kernel, _unary_backward_kernel = launch.Kernel(_unary_forward), launch.Kernel(_unary_backward)
+_gated_forward_kernel, _gated_backward_kernel = launch.Kernel(_gated_forward), launch.Kernel(_gated_backward)
+
+
+@cache
+def _plan(x_dims: int, F: int, itemsize: int, activation: str) -> tuple[int, int, launch.Constants]:
+    """Rows of a tile, tiles of a row, and what the kernels are compiled with."""
+    tile = config(F, itemsize, x_dims <= 1)
+    constants = launch.constants(F=F, ACTIVATION=activation, **tile._asdict())
+    return tile.BLOCK_N, launch.cdiv(F, tile.BLOCK_F), constants
+
+
 def block_of(width: int, most: int, least: int) -> int:
     """The power of two from ``least`` to ``most`` whose multiple goes the least beyond width, the largest of equals;
     the next power of two from width where that is smaller than ``least``."""
@@ -205,13 +217,10 @@ def unary_forward(x: Tensor, activation: str) -> Tensor:
     if size > 0:
         F = x.shape[-1] if x.dim() else 1
         N = size // F
-        tile = config(F, x.element_size(), x.dim() <= 1)
+        block, tiles, constants = _plan(x.dim(), F, x.element_size(), activation)
         x, stride = rows_of(x, F)
         with launch.on_device(x):
-            _unary_forward[(-(-N // tile.BLOCK_N) * -(-F // tile.BLOCK_F),)](
-                x, y, stride, N, F=F, ACTIVATION=activation, BLOCK_N=tile.BLOCK_N, BLOCK_F=tile.BLOCK_F,
-                num_warps=tile.num_warps, **launch.OPTIONS,
-            )  # fmt: skip
+            _unary_forward_kernel((launch.cdiv(N, block) * tiles,), constants, x, y, stride, N)
     return y
 
 
@@ -222,13 +231,10 @@ def unary_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
     if size > 0:
         F = x.shape[-1] if x.dim() else 1
         N = size // F
-        tile = config(F, x.element_size(), x.dim() <= 1)
+        block, tiles, constants = _plan(x.dim(), F, x.element_size(), activation)
         (x, stride), (dy, stride_dy) = rows_of(x, F), rows_of(dy, F)
         with launch.on_device(x):
-            _unary_backward[(-(-N // tile.BLOCK_N) * -(-F // tile.BLOCK_F),)](
-                dy, x, dx, stride_dy, stride, N, F=F, ACTIVATION=activation, BLOCK_N=tile.BLOCK_N,
-                BLOCK_F=tile.BLOCK_F, num_warps=tile.num_warps, **launch.OPTIONS,
-            )  # fmt: skip
+            _unary_backward_kernel((launch.cdiv(N, block) * tiles,), constants, dy, x, dx, stride_dy, stride, N)
     return dx
 
 
@@ -244,12 +250,11 @@ def gated_forward(op: str, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if size > 0:
         F = gate.shape[-1] if gate.dim() else 1
         N = size // F
-        tile = config(F, gate.element_size(), gate.dim() <= 1)
+        block, tiles, constants = _plan(gate.dim(), F, gate.element_size(), activation)
         (gate, stride_gate), (up, stride_up) = rows_of(gate, F), rows_of(up, F)
         with launch.on_device(gate):
-            _gated_forward[(-(-N // tile.BLOCK_N) * -(-F // tile.BLOCK_F),)](
-                gate, up, y, stride_gate, stride_up, N, F=F, ACTIVATION=activation, BLOCK_N=tile.BLOCK_N,
-                BLOCK_F=tile.BLOCK_F, num_warps=tile.num_warps, **launch.OPTIONS,
+            _gated_forward_kernel(
+                (launch.cdiv(N, block) * tiles,), constants, gate, up, y, stride_gate, stride_up, N
             )  # fmt: skip
     return y
 
@@ -262,12 +267,12 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tup
     if size > 0:
         F = gate.shape[-1] if gate.dim() else 1
         N = size // F
-        tile = config(F, gate.element_size(), gate.dim() <= 1)
+        block, tiles, constants = _plan(gate.dim(), F, gate.element_size(), activation)
         (gate, stride_gate), (up, stride_up), (dy, stride_dy) = rows_of(gate, F), rows_of(up, F), rows_of(dy, F)
         with launch.on_device(gate):
-            _gated_backward[(-(-N // tile.BLOCK_N) * -(-F // tile.BLOCK_F),)](
-                dy, gate, up, dgate, dup, stride_dy, stride_gate, stride_up, N, F=F, ACTIVATION=activation,
-                BLOCK_N=tile.BLOCK_N, BLOCK_F=tile.BLOCK_F, num_warps=tile.num_warps, **launch.OPTIONS,
+            _gated_backward_kernel(
+                (launch.cdiv(N, block) * tiles,), constants,
+                dy, gate, up, dgate, dup, stride_dy, stride_gate, stride_up, N,
             )  # fmt: skip
     return dgate, dup
 

@@ -120,25 +120,33 @@ def config(H: int, G: int, D: int, half: int, itemsize: int) -> Config:
     return Config(max(rows // max(BLOCK_H, BLOCK_G), 1), BLOCK_H, BLOCK_G, BLOCK_HALF, BLOCK_REST, num_warps)
 
 
+_turn_kernel = launch.Kernel(_turn)
+
+
+@cache
+def _plan(H: int, G: int, D: int, half: int, itemsize: int, inverse: bool) -> tuple[int, int, launch.Constants]:
+    """Tokens of a tile, tiles of a token, and what the kernel is compiled with."""
+    tile = config(H, G, D, half, itemsize)
+    constants = launch.constants(H=H, G=G, D=D, HALF=half, INVERSE=inverse, **tile._asdict())
+    return tile.BLOCK_N, launch.cdiv(H, tile.BLOCK_H) + launch.cdiv(G, tile.BLOCK_G), constants
+
+
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     B, T, H, D = q.shape
     G, half = k.shape[2], cos.shape[-1]
     if B * T * D * (H + G) > 0:
-        tile = config(H, G, D, half, q.element_size())
+        block, groups, constants = _plan(H, G, D, half, q.element_size(), inverse)
         q, k = launch.unit_stride(q), launch.unit_stride(k)
         cos, sin = launch.unit_stride(cos), launch.unit_stride(sin)
         if cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
-        groups = -(-H // tile.BLOCK_H) + -(-G // tile.BLOCK_G)
         with launch.on_device(q):
-            _turn[(-(-B * T // tile.BLOCK_N) * groups,)](
+            _turn_kernel(
+                (launch.cdiv(B * T, block) * groups,), constants,
                 q, k, cos, sin, q_out, k_out, *q.stride()[:3], *k.stride()[:3],
                 cos.stride(0) if cos.dim() == 3 else 0, cos.stride(-2), B * T, T,
-                H=H, G=G, D=D, HALF=half, INVERSE=inverse, BLOCK_N=tile.BLOCK_N, BLOCK_H=tile.BLOCK_H,
-                BLOCK_G=tile.BLOCK_G, BLOCK_HALF=tile.BLOCK_HALF, BLOCK_REST=tile.BLOCK_REST,
-                num_warps=tile.num_warps, **launch.OPTIONS,
             )  # fmt: skip
     return q_out, k_out
 

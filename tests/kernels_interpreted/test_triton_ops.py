@@ -17,7 +17,6 @@ from tritium.kernels.linear_cross_entropy import impl_triton as linear_cross_ent
 from tritium.kernels.site import Machine, Site
 
 
-
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

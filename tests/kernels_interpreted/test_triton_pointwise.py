@@ -115,8 +115,8 @@ class Launched:
     def __init__(self):
         self.arguments: list[tuple] = []
 
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: self.arguments.append(arguments)
+    def __call__(self, grid, constants, *arguments):
+        self.arguments.append(arguments)
 
     def addresses(self) -> list[int]:
         return [a.data_ptr() for a in self.arguments.pop() if isinstance(a, torch.Tensor)]
@@ -133,8 +133,8 @@ def addresses(*tensors: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize(("module", "rest"), [(swiglu, ()), (geglu, ("tanh",))], ids=["swiglu", "geglu"])
 def test_halves_of_a_projection_are_read_in_place(module, rest, monkeypatch):
     forward, backward = Launched(), Launched()
-    monkeypatch.setattr(pointwise, "_gated_forward", forward)
-    monkeypatch.setattr(pointwise, "_gated_backward", backward)
+    monkeypatch.setattr(pointwise, "_gated_forward_kernel", forward)
+    monkeypatch.setattr(pointwise, "_gated_backward_kernel", backward)
     gate, up = random(2, 3, 2 * 40).chunk(2, dim=-1)
     dy = random(2, 3, 60)[..., 4:44]
     (y,) = module._launch_forward(gate, up, *rest)
@@ -148,8 +148,8 @@ def test_halves_of_a_projection_are_read_in_place(module, rest, monkeypatch):
 @pytest.mark.parametrize(("module", "rest"), [(gelu, ("none",)), (relu2, ())], ids=["gelu", "relu2"])
 def test_rows_apart_are_read_in_place(module, rest, monkeypatch):
     forward, backward = Launched(), Launched()
-    monkeypatch.setattr(pointwise, "_unary_forward", forward)
-    monkeypatch.setattr(pointwise, "_unary_backward", backward)
+    monkeypatch.setattr(pointwise, "_unary_forward_kernel", forward)
+    monkeypatch.setattr(pointwise, "_unary_backward_kernel", backward)
     x, dy = random(3, 5, 64)[:, :, 8:40], random(3, 5, 64)[:, :, :32]
     (y,) = module._launch_forward(x, *rest)
     assert forward.addresses() == addresses(x, y)
@@ -159,7 +159,7 @@ def test_rows_apart_are_read_in_place(module, rest, monkeypatch):
 
 def test_rope_reads_a_packed_projection_in_place(monkeypatch):
     turn = Launched()
-    monkeypatch.setattr(rope, "_turn", turn)
+    monkeypatch.setattr(rope, "_turn_kernel", turn)
     B, T, H, G, D = 2, 3, 4, 2, 16
     q, k, _ = random(B, T, H + 2 * G, D).split((H, G, G), dim=2)
     cos, sin = random(T, D // 2), random(T, D // 2)
