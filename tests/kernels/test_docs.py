@@ -134,6 +134,7 @@ def test_the_bounds_are_the_codes():
     wanted |= {(op, str(d).removeprefix("torch.")): v for (op, d), v in contract.OP_FLOORS.items()}
     assert said == wanted
     assert f"The factor is {contract.FACTOR:g}." in text
+    assert f"at most {contract.FEW} elements the floors are four times as high" in text and contract.FEW_FACTOR == 4.0
     assert f"error ≤ {contract.FACTOR:g} ×" in text
     assert frozenset({("linear_cross_entropy", "output")}) == contract.COARSE
     assert (contract.unit_roundoff(torch.float32), contract.unit_roundoff(torch.bfloat16)) == (2**-24, 2**-8)
