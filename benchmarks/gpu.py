@@ -38,6 +38,7 @@ STAGES = {
     "training": ("gpu_tritium", "training_by_kernels", 300),
     "attention": ("gpu_baseline", "attention", 150),
     "kernels": ("kernels", "on_device", 180),
+    "overhead": ("overhead", "on_device", 90),
     "gemm": ("gpu_baseline", "gemm", 120),
     "memory_bound": ("gpu_baseline", "memory_bound", 150),
     "gpt2_1558m": ("gpu_baseline", "textbook", 200),
