@@ -7,7 +7,7 @@ makes the same calls again, one after the other, with nothing around them: ``tor
 *ours* is the op's function and torch.autograd's backward, several calls in one graph, as in a model. The difference is
 what checks, tile choice, views and autograd add. *autograd* is what a torch.autograd.Function with the op's tensors
 and no work costs, beside allocating its results: Python's price for any op with a backward of its own; *own* is the
-rest. An update op has no backward and no autograd.
+rest. An update op has no backward: it walks lists of tensors, some 5 µs a tensor, and is no part of the verdict.
 
 Without a GPU the kernels are compiled for ``--arch`` and not launched, on small CPU tensors: the host's part alone.
 """
@@ -257,7 +257,7 @@ def on_device(bench: Bench) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; 1 when an op costs more than the goal."""
+    """Print the table; 1 when an op's own part is more than the goal."""
     parser = argparse.ArgumentParser(prog="tritium.benchmarks.overhead", description="The host's cost of eager calls.")
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all that have the backend")
     parser.add_argument("--backend", default="triton")
@@ -270,13 +270,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if a.device == "auto" else a.device
     ops = [OPS[name] for name in a.ops] or [op for op in OPS.values() if a.backend in op.backends()]
     print(HEAD)
-    over = []
+    rows = []
     for row in run(ops, a.backend, device, a.arch, a.repeats):
         print(row, flush=True)
-        over += [row.op] if row.over_us > GOAL_US else []
+        rows.append(row)
     where = "on the device" if device == "cuda" else f"host only, nothing launched, compiled for {a.arch}"
-    print(f"{where}; goal: at most {GOAL_US:g} µs over by hand; above it: {', '.join(over) or 'none'}")
-    return int(bool(over))
+    print(f"{where}. More than {GOAL_US:g} µs over by hand, autograd's part included:", _above(rows, "over_us"))
+    own = _above(rows, "own_us")
+    print(f"More than {GOAL_US:g} µs of our own:", own)
+    return int(own != "none")
+
+
+def _above(rows: Sequence[Overhead], part: str) -> str:
+    with_backward = [row for row in rows if OPS[row.op].has_gradient]
+    return ", ".join(row.op for row in with_backward if getattr(row, part) > GOAL_US) or "none"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ def bypass(args: Sequence[Any]) -> bool:
         kind = type(arg)
         if kind in _SIMPLE:
             continue
-        if isinstance(arg, Tensor) or (isinstance(arg, (list, tuple)) and not bypass(arg)):
+        if isinstance(arg, (list, tuple)):
+            if not (_SIMPLE.issuperset(map(type, arg)) or bypass(arg)):
+                return False
+        elif isinstance(arg, Tensor):
             return False
     return True
 

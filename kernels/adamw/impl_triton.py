@@ -143,12 +143,13 @@ def _launch(
     eps: float,
     weight_decay: float,
 ) -> None:
+    shapes = [p.shape for p in params]
     for what, masters in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        _check(what, masters, params, (torch.float32,))
-    _check("grads", grads, params, launch.DTYPES)
+        _check(what, masters, params, shapes, (torch.float32,))
+    _check("grads", grads, params, shapes, launch.DTYPES)
     if copies:
-        _check("copies", copies, params, launch.DTYPES)
-    if sum([p.numel() for p in params]) == 0:
+        _check("copies", copies, params, shapes, launch.DTYPES)
+    if not any(p.numel() for p in params):
         return
     device = params[0].device
     for name, scalar in (("lr", lr), ("step", step), ("grad_scale", grad_scale), ("skip", skip)):
@@ -177,11 +178,17 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0.0 else -math.inf
 
 
-def _check(what: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+def _check(
+    what: str,
+    tensors: Sequence[Tensor],
+    params: Sequence[Tensor],
+    shapes: Sequence[torch.Size],
+    dtypes: Sequence[torch.dtype],
+) -> None:
     if (
-        [t.shape for t in tensors] == [p.shape for p in params]
+        [t.shape for t in tensors] == shapes
         and {t.dtype for t in tensors}.issubset(dtypes)
-        and {t.device for t in tensors}.issubset([p.device for p in params[:1]])
+        and {t.device for t in tensors} <= {p.device for p in params[:1]}
     ):
         return  # whole lists at once: this runs every step
     if len(tensors) != len(params):

@@ -84,16 +84,20 @@ def _launch_forward(
     n = min(chunk or chunk_rows(N, Vp, x.element_size()), max(N, 1))
     buffer = torch.empty(n, Vp, dtype=x.dtype, device=x.device)
     for first in range(0, N, n):
-        rows = slice(first, min(first + n, N))
-        logits = torch.mm(x[rows], w.t(), out=buffer[: rows.stop - first])
+        part = (x, targets, losses, dx, buffer)
+        if n < N:  # a view costs the host as much as a launch
+            rows = slice(first, min(first + n, N))
+            part = (x[rows], targets[rows], losses[rows], dx[rows] if need_dx else dx, buffer[: rows.stop - first])
+        x_part, targets_part, losses_part, dx_part, logits = part
+        torch.mm(x_part, w.t(), out=logits)
         if not (need_dx or need_dweight):
-            losses[rows] = cross_entropy._launch_forward(logits, targets[rows], *options)[0]
+            losses_part.copy_(cross_entropy._launch_forward(logits, targets_part, *options)[0])
             continue
-        cross_entropy.losses_and_gradient_in_place(logits, targets[rows], losses[rows], *options)
+        cross_entropy.losses_and_gradient_in_place(logits, targets_part, losses_part, *options)
         if need_dx:
-            _product(logits, w, dx[rows])
+            _product(logits, w, dx_part)
         if need_dweight:
-            _product(logits.t(), x[rows], dw, add=first > 0)
+            _product(logits.t(), x_part, dw, add=first > 0)
     return losses.sum(), dx, dw if N > 0 else dw.zero_()
 
 

@@ -105,11 +105,11 @@ def busiest(name: str) -> Case:
     return max(with_values, key=lambda c: sum(options.chosen(op, c).values()))
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("name", ops.OPS)
-def test_compiled_into_one_graph(name):
-    report = contract.check(
-        ops.OPS[name], "triton", busiest(name), FP32, compiled="aot_eager", variants=("plain", "expanded")
-    )
+def test_compiled_into_one_graph(name, dtype):
+    variants = ("plain", "expanded") if dtype == FP32 else ("plain",)
+    report = contract.check(ops.OPS[name], "triton", busiest(name), dtype, compiled="aot_eager", variants=variants)
     assert report.ok, report
 
 
@@ -157,6 +157,16 @@ def needs_gradient(value: torch.Tensor) -> bool:
 def test_full_every_case_and_variant(name, dtype, tally):
     for case, seed in itertools.product(small(name), range(3)):
         tally.count("cases", contract.check(ops.OPS[name], "triton", case, dtype, seed=seed))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ops.OPS)
+def test_full_every_case_compiled(name, dtype, tally):
+    for case in small(name):
+        report = contract.check(ops.OPS[name], "triton", case, dtype, compiled="aot_eager")
+        tally.count("cases compiled into one graph", report)
 
 
 @pytest.mark.full
