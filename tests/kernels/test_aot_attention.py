@@ -64,7 +64,9 @@ FULL = [
 @pytest.mark.parametrize("arch", aot.ARCHS)
 @pytest.mark.parametrize(("options", "D", "dtype"), FULL, ids=str)
 def test_full_no_kernel_spills(options, D, dtype, arch):
-    assert problems("attention", case(D, options), arch, dtype) == []
+    """Spills only: of heads of 40 the loads are narrow, and of 256 Hopper's matrix instructions have no room."""
+    lines = aot.compile_case(ops.attention, case(D, options), arch, dtype)
+    assert [line.resources for line in lines if line.resources.stack > 0] == []
 
 
 def test_what_differs_in_numbers_only_is_one_kernel():
