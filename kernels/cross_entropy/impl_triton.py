@@ -106,21 +106,19 @@ def _row_loss(
 @triton.jit
 def _row_gradient(
     ROW, DROW, target, lse, dloss, V, Vp, smoothing, z_loss, softcap,
-    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write dlogits of one row whose target counts; DROW may be ROW."""
     dloss = tl.where((target >= 0) & (target < V), dloss, float("nan"))
     scale = dloss * (1 + 2 * z_loss * lse)
-    at_target = dloss * (1 - smoothing)
-    everywhere = dloss * smoothing / V
+    everywhere = dloss * (smoothing / V)
+    at_target = dloss * (1 - smoothing + smoothing / V)  # one number to subtract: of one class all is to cancel
     columns = tl.arange(0, BLOCK_V)
     full = V // BLOCK_V * BLOCK_V
     for first in range(0, full, BLOCK_V):
         z = _load(ROW + first, columns, None, softcap, SOFTCAP, MASKED=False)
         dz = tl.exp2((z - lse) * LOG2E) * scale
-        dz -= tl.where(first + columns == target, at_target, 0.0)
-        if SMOOTH:
-            dz -= everywhere
+        dz -= tl.where(first + columns == target, at_target, everywhere)
         if SOFTCAP:
             dz *= 1 - (z / softcap) * (z / softcap)
         tl.store(DROW + first + columns, dz.to(DROW.dtype.element_ty))
@@ -129,9 +127,7 @@ def _row_gradient(
         z = _load(ROW + first, columns, real, softcap, SOFTCAP, MASKED=True)
         z = tl.where(real, z, 0.0)
         dz = tl.exp2((z - lse) * LOG2E) * scale
-        dz -= tl.where(first + columns == target, at_target, 0.0)
-        if SMOOTH:
-            dz -= everywhere
+        dz -= tl.where(first + columns == target, at_target, everywhere)
         if SOFTCAP:
             dz *= 1 - (z / softcap) * (z / softcap)
         tl.store(DROW + first + columns, tl.where(real, dz, 0.0).to(DROW.dtype.element_ty), first + columns < Vp)
@@ -175,7 +171,7 @@ def _backward(
         _row_gradient(
             LOGITS + row * stride_logits, DLOGITS + row * Vp, target, tl.load(LSE + row),
             tl.load(DLOSSES + row * stride_dloss),
-            V, Vp, smoothing, z_loss, softcap, SMOOTH, SOFTCAP, BLOCK_V,
+            V, Vp, smoothing, z_loss, softcap, SOFTCAP, BLOCK_V,
         )  # fmt: skip
 
 
@@ -198,7 +194,7 @@ def _forward_backward(
         if UPSTREAM is not None:
             upstream = tl.load(UPSTREAM)
         tl.debug_barrier()  # the target's logit has been read by every thread before one of them writes over it
-        _row_gradient(ROW, DROW, target, lse, upstream, V, Vp, smoothing, z_loss, softcap, SMOOTH, SOFTCAP, BLOCK_V)
+        _row_gradient(ROW, DROW, target, lse, upstream, V, Vp, smoothing, z_loss, softcap, SOFTCAP, BLOCK_V)
 
 
 @triton.jit

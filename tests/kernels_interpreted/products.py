@@ -50,7 +50,7 @@ PRODUCTS: dict[str, dict[str, tuple]] = {
     "relu2": {"N": ROWS, "F": (1, 33, 1030)},
     "cross_entropy": {"N": (0, 1, 9), "V": ((1, 1), (50, 64), (4100, 4104)), **LOSS,
                       "reduction": ("none", "sum", "mean")},
-    "linear_cross_entropy": {"N": (0, 1, 9), "C": (1, 24), "V": ((1, 1), (50, 64)), **LOSS, "ignore_index": (-100,),
+    "linear_cross_entropy": {"N": (0, 9, 20), "C": (16, 24), "V": ((50, 64), (90, 90)), **LOSS, "ignore_index": (-100,),
                              "chunk": (0, 4), "master": (True, False)},
     "global_norm": {"K": (0, 1, 5), "P": (1, 130, 9000), "scale": (1.0, 1e-12, 1e12)},
     "adamw": {"K": (0, 1, 5), "P": (1, 130, 9000), "copies": (True, False), "fp32_grads": (False, True),
