@@ -55,8 +55,9 @@ from tritium.kernels.site import Site
 
 DETERMINISTIC = True
 MAX_D = 256
+MAX_ROWS = 128  # of a tile: times the stride of time it fits in 32 bits, or _dense copies
 LOWEST = tl.constexpr(
-    -1e30
+    -3e38
 )  # where the running maximum starts: finite, so that a tile with nothing visible subtracts no infinities
 SCAN = tl.constexpr(1024)  # entries of seq_start looked at in one step
 
@@ -237,7 +238,7 @@ def _forward_part(
 def _forward(
     Q, K, V, START, SEED, Y, LSE, NATURAL, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb,
     stride_vt, stride_vh,
-    stride_sb, stride_st, Tq, Tk, H, factor, softcap, window, threshold, keep_scale,
+    stride_sb, stride_st, Tq, Tk, window, H, factor, softcap, threshold, keep_scale,
     SIGN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -371,7 +372,7 @@ def _backward_keys(
     Q, K, V, DY, START, SEED, LSE, DELTA, DK, DV,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db,
     stride_dt, stride_dh,
-    stride_sb, stride_st, Tq, Tk, G, scale, factor, softcap, window, threshold, keep_scale,
+    stride_sb, stride_st, Tq, Tk, window, G, scale, factor, softcap, threshold, keep_scale,
     SIGN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -455,7 +456,7 @@ def _backward_queries(
     Q, K, V, DY, START, SEED, LSE, DELTA, DQ,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_db,
     stride_dt, stride_dh,
-    stride_sb, stride_st, Tq, Tk, H, scale, factor, softcap, window, threshold, keep_scale,
+    stride_sb, stride_st, Tq, Tk, window, H, scale, factor, softcap, threshold, keep_scale,
     SIGN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -583,25 +584,26 @@ def config(kernel: str, arch: int, D: int, dtype: torch.dtype, features: Sequenc
 
 
 class Plan(NamedTuple):
-    """One kernel's launch but for its tensors. BLOCK: rows of a program; numbers: factor, softcap, window, threshold,
+    """One kernel's launch but for its tensors. BLOCK: rows of a program; numbers: factor, softcap, threshold,
     keep_scale."""
 
     BLOCK: int
-    numbers: tuple[float, float, int, int, float]
+    numbers: tuple[float, float, int, float]
     constants: launch.Constants
 
 
 @functools.lru_cache(maxsize=1024)  # a call looks its plans up: making one costs as much as a launch
 def _plan(
     kernel: str, arch: int, D: int, R: int, dtype: torch.dtype,
-    documents: bool, causal: bool, scale: float, window: int, softcap: float, dropout: float,
+    documents: bool, causal: bool, scale: float, window: bool, softcap: float, dropout: float,
 ) -> Plan:  # fmt: skip
+    if not math.isfinite(scale):
+        raise ValueError(f"attention takes a finite scale, it is {scale}: every score would be NaN")
     sign = (scale > 0) - (scale < 0)
     factor = abs(scale) if sign else 1.0
-    constants = _constants(kernel, arch, D, R, dtype, documents, causal, sign, window > 0, softcap > 0, dropout > 0)
+    constants = _constants(kernel, arch, D, R, dtype, documents, causal, sign, window, softcap > 0, dropout > 0)
     numbers = (
-        float(factor if softcap > 0 else factor * LOG2E.value), float(softcap), window, int(dropout * 2**32),
-        1 / (1 - dropout),
+        float(factor if softcap > 0 else factor * LOG2E.value), float(softcap), int(dropout * 2**32), 1 / (1 - dropout),
     )  # fmt: skip
     return Plan(constants["BLOCK_N" if kernel == "backward_keys" else "BLOCK_M"], numbers, constants)
 
@@ -622,7 +624,7 @@ def _constants(
 @functools.cache
 def _delta_constants(D: int) -> launch.Constants:
     """32 elements a thread of y and of dy."""
-    return launch.constants(D=D, BLOCK_D=_block_d(D), BLOCK_M=max(4096 // _block_d(D), 16), num_warps=4)
+    return launch.constants(D=D, BLOCK_D=_block_d(D), BLOCK_M=min(max(4096 // _block_d(D), 16), MAX_ROWS), num_warps=4)
 
 
 def _block_d(D: int) -> int:
@@ -632,7 +634,7 @@ def _block_d(D: int) -> int:
 def _dense(x: Tensor) -> Tensor:
     """x itself where the kernels read it in place: its last axis is dense, and a tile's offsets fit in 32 bits."""
     stride = x.stride()
-    if (stride[3] == 1 or x.shape[3] == 1) and stride[1] < 2**24:
+    if (stride[3] == 1 or x.shape[3] == 1) and stride[1] * MAX_ROWS < 2**31:
         return x
     return x.contiguous()
 
@@ -650,18 +652,19 @@ def forward(
     lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
     if y.numel() == 0:
         return y, lse
-    plan = _plan(
-        "forward", launch.arch(), D, H // G, q.dtype, seq_start is not None, causal, scale, window, softcap, dropout
-    )  # fmt: skip
     qb, qt, qh, _ = q.stride()
     kb, kt, kh, _ = k.stride()
     vb, vt, vh, _ = v.stride()
     sb, st = (0, 0) if seq_start is None else seq_start.stride()
     with launch.on_device(q):
+        plan = _plan(
+            "forward", launch.arch(), D, H // G, q.dtype, seq_start is not None, causal, scale, window > 0, softcap,
+            dropout,
+        )  # fmt: skip
         _forward_kernel(
             (B * H * -(-Tq // plan.BLOCK),), plan.constants,
-            q, k, v, seq_start, seed, y, lse, natural, qb, qt, qh, kb, kt, kh, vb, vt, vh, sb, st, Tq, Tk, H,
-            *plan.numbers,
+            q, k, v, seq_start, seed, y, lse, natural, qb, qt, qh, kb, kt, kh, vb, vt, vh, sb, st, Tq, Tk,
+            min(window, Tk), H, *plan.numbers,
         )  # fmt: skip
     return y, lse
 
@@ -677,18 +680,17 @@ def backward(
     dq, dk, dv = allocate_gradients(q, k, v)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    options = (D, H // G, q.dtype, seq_start is not None, causal, scale, window, softcap, dropout)
-    arch = launch.arch()
-    keys = _plan("backward_keys", arch, *options)
-    queries = _plan("backward_queries", arch, *options)
+    options = (D, H // G, q.dtype, seq_start is not None, causal, scale, window > 0, softcap, dropout)
     delta = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
     db, dt, dh, _ = dy.stride()
     lb, lh, lt = (0, 0, 0) if dlse is None else dlse.stride()
     strides = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], db, dt, dh,
-        *((0, 0) if seq_start is None else seq_start.stride()), Tq, Tk,
+        *((0, 0) if seq_start is None else seq_start.stride()), Tq, Tk, min(window, Tk),
     )  # fmt: skip
     with launch.on_device(q):
+        arch = launch.arch()
+        keys, queries = _plan("backward_keys", arch, *options), _plan("backward_queries", arch, *options)
         of_delta = _delta_constants(D)
         _delta_kernel(
             (B * H * -(-Tq // of_delta["BLOCK_M"]),), of_delta, y, dy, lse, dlse, delta, db, dt, dh, lb, lh, lt, Tq, H

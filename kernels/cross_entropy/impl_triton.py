@@ -81,7 +81,7 @@ def _row_loss(
     """(loss, lse) of one row whose target counts; NaN for a target out of range."""
     columns = tl.arange(0, BLOCK_V)
     full = V // BLOCK_V * BLOCK_V
-    top = tl.full((), -1e30, tl.float32)
+    top = tl.full((), -3.4028234663852886e38, tl.float32)  # of fp32 nothing finite is lower
     sums = tl.zeros((BLOCK_V,), tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
     for first in range(0, full, BLOCK_V):
@@ -299,11 +299,12 @@ def losses_and_gradient_in_place(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    upstream: Tensor | None = None,
 ) -> None:
-    """Fill ``losses`` (N,) fp32 and overwrite ``logits`` (N, Vp) with d losses.sum() / d logits. For
-    linear_cross_entropy; no autograd."""
+    """Fill ``losses`` (N,) fp32 and overwrite ``logits`` (N, Vp) with d losses.sum() / d logits, times ``upstream`` ()
+    fp32 if given. For linear_cross_entropy; no autograd."""
     _launch_forward_backward(
-        logits, targets, losses, logits, None, vocab_size, ignore_index, label_smoothing, z_loss, softcap
+        logits, targets, losses, logits, upstream, vocab_size, ignore_index, label_smoothing, z_loss, softcap
     )  # fmt: skip
 
 
@@ -459,7 +460,8 @@ def cross_entropy(
     check_reduction(reduction)
     mean = reduction == "mean"
     wanted = logits.requires_grad and torch.is_grad_enabled()
-    if not wanted or (mean and logits.dtype == torch.float16):
+    # fp16 has no room for the gradient of an upstream of one: what a loss scale would save is lost before it comes
+    if not wanted or logits.dtype == torch.float16:
         return reduce(_cross_entropy(*args), targets, ignore_index, reduction)
     return _OnePass.apply(*args, mean) if bypass((logits, targets)) else _one_pass(*args, mean)
 

@@ -109,11 +109,11 @@ def _launch(tensors: list[Tensor]) -> Tensor:
         )
     if sum([t.numel() for t in tensors]) == 0:
         return torch.zeros((), device=device)
-    tile = config(launch.arch())
     dense = [t if t.is_contiguous() else t.contiguous() for t in tensors]
-    table = lists.tables([dense], coded=(0,), chunk=tile.CHUNK)
     result = torch.empty((), dtype=torch.float32, device=device)
     with launch.on_device(result):
+        tile = config(launch.arch())
+        table = lists.tables([dense], coded=(0,), chunk=tile.CHUNK)
         most = launch.processors() * tile.programs_per_processor
         workspace = _workspace.__wrapped__ if lists.capturing(device) else _workspace
         sums, counter = workspace(device, lists.stream_of(device), most)

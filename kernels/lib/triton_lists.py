@@ -111,8 +111,9 @@ def tables(lists: Sequence[Sequence[Tensor]], coded: Sequence[int], chunk: int) 
     make_layout, make_addresses = _layout, _addresses
     if capturing(device):  # what is recorded has not been written yet, so nobody else may have it
         make_layout, make_addresses = _layout.__wrapped__, _addresses.__wrapped__  # type: ignore[assignment]
-    owners, layout = make_layout(device, chunk, tuple([t.numel() for t in first]), tuple(codes))
-    addresses = make_addresses(device, stream_of(device), tuple([t.data_ptr() for t in chain.from_iterable(lists)]))
+    stream = stream_of(device)
+    owners, layout = make_layout(device, stream, chunk, tuple([t.numel() for t in first]), tuple(codes))
+    addresses = make_addresses(device, stream, tuple([t.data_ptr() for t in chain.from_iterable(lists)]))
     return Tables(owners, layout, addresses, len(first), owners.shape[0])
 
 
@@ -127,8 +128,10 @@ def capturing(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=32)
-def _layout(device: torch.device, chunk: int, sizes: tuple[int, ...], codes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    counts = [triton.cdiv(size, chunk) for size in sizes]
+def _layout(
+    device: torch.device, stream: int, chunk: int, sizes: tuple[int, ...], codes: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    counts = [-(-size // chunk) for size in sizes]
     layout = array("q", chain(sizes, accumulate(counts[:-1], initial=0), codes))
     owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))
     if owners.shape[0] >= 2**31:

@@ -402,8 +402,6 @@ def backward(
         dweight.zero_()
         dbias.zero_()
         return found
-    plan = _backward_plan(C, s.element_size(), ds is not None, bias is not None, launch.processors())
-    P = min(launch.cdiv(N, plan.BLOCK_N), plan.most)
     dy, stride_dy = _rows(dy, C)
     s, stride_s = _rows(s, C)
     stride_ds = 0
@@ -411,9 +409,11 @@ def backward(
         ds, stride_ds = _rows(ds, C)
     weight = _dense(weight)
     means = partial = None
-    if weight is not None:
-        partial = rstd.new_empty((1 if bias is None else 2, P, C))
     with launch.on_device(s):
+        plan = _backward_plan(C, s.element_size(), ds is not None, bias is not None, launch.processors())
+        P = min(launch.cdiv(N, plan.BLOCK_N), plan.most)
+        if weight is not None:
+            partial = rstd.new_empty((1 if bias is None else 2, P, C))
         if plan.tiles > 1:
             means = rstd.new_empty((N, 2))
             _launch_means_wide(

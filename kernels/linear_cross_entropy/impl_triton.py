@@ -34,6 +34,7 @@ from tritium.kernels.site import Site
 DETERMINISTIC = True
 # of logits: 5,300 rows of GPT-2's vocabulary in bf16, where the traffic of dW is below 7 % of the GEMMs' time
 CHUNK_BYTES = 512 * 2**20
+FP16_BOOST = 1024.0
 
 
 @triton.jit
@@ -82,6 +83,8 @@ def _launch_forward(
     dx = torch.empty((N, C) if need_dx else 0, dtype=torch.float32, device=x.device)
     dw = torch.empty((Vp, C) if need_dweight else 0, dtype=torch.float32, device=x.device)
     n = min(chunk or chunk_rows(N, Vp, x.element_size()), max(N, 1))
+    # E in fp16 is kept 2¹⁰ times as large, and dx and dW are until backward: its numbers reach down to 6e-8 only
+    upstream = torch.full((), FP16_BOOST, device=x.device) if x.dtype == torch.float16 else None
     buffer = torch.empty(n, Vp, dtype=x.dtype, device=x.device)
     for first in range(0, N, n):
         part = (x, targets, losses, dx, buffer)
@@ -93,7 +96,7 @@ def _launch_forward(
         if not (need_dx or need_dweight):
             losses_part.copy_(cross_entropy._launch_forward(logits, targets_part, *options)[0])
             continue
-        cross_entropy.losses_and_gradient_in_place(logits, targets_part, losses_part, *options)
+        cross_entropy.losses_and_gradient_in_place(logits, targets_part, losses_part, *options, upstream)
         if need_dx:
             _product(logits, w, dx_part)
         if need_dweight:
@@ -119,6 +122,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 def _launch_backward(
     dloss: Tensor, dx: Tensor, dweight: Tensor, x_dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    if x_dtype == torch.float16:
+        dloss = dloss / FP16_BOOST
     return _scaled(dx, dloss, x_dtype), _scaled(dweight, dloss, weight_dtype)
 
 

@@ -26,7 +26,7 @@ MUTANTS = [
            "sum"),
     Mutant("cross_entropy", "in one pass: last block not scaled", "tl.cdiv(size, BLOCK), tl.num_programs(0)",
            "size // BLOCK, tl.num_programs(0)", "sum"),
-    Mutant("cross_entropy", "-∞ taken for the row's maximum", "tl.full((), -1e30, tl.float32)",
+    Mutant("cross_entropy", "-∞ taken for the row's maximum", "tl.full((), -3.4028234663852886e38, tl.float32)",
            'tl.full((), float("-inf"), tl.float32)', "first_tile_minus_infinity"),
     Mutant("linear_cross_entropy", "gradient of weight not accumulated", "if add:", "if False:", "chunks"),
     Mutant("linear_cross_entropy", "last chunk dropped", "in range(0, N, n):", "in range(0, N // n * n, n):", "chunks"),

@@ -1,5 +1,7 @@
 """Attention's Triton kernels beyond the contract: any scale, views in place, large scores, keys merged by lse."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,3 +241,40 @@ def test_cases_hold_every_two_circumstances_together(name):
     pairs.remove({"causal": False, "queries": 1})  # without a causal mask no query is blind
     lacking = [pair for pair in pairs if not any(pair.items() <= facts.items() for facts in found)]
     assert lacking == []
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31 - 4, 2**63 - 1])
+def test_a_window_wider_than_any_row_is_none(window):
+    q, k, v = (torch.randn(1, 6, 2, 8, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
+    found = [
+        (y, *torch.autograd.grad(y.square().sum(), (q, k, v)))
+        for y in (attention.attention(q, k, v, window=w) for w in (0, window))
+    ]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_row_of_very_low_scores_sees_its_keys():
+    q, v = torch.full((1, 3, 1, 8), 1e15), torch.randn(1, 3, 1, 8)
+    y = attention.attention(q, -q, v, causal=False)
+    torch.testing.assert_close(y, v.mean(1, keepdim=True).expand_as(y))
+
+
+def test_long_strides_of_the_gradient_are_read_within_32_bits():
+    """dy whose rows lie 8.5 million elements apart, as wide heads of many rows would: 256 rows of it pass 2³¹."""
+    assert attention._delta_constants(8)["BLOCK_M"] <= attention.MAX_ROWS
+    assert (
+        max(max(t.BLOCK_M, t.BLOCK_N) for t in (*attention.TILES.values(), *attention.SMALLER.values()))
+        <= attention.MAX_ROWS
+    )
+    base = torch.empty(2**25, dtype=torch.float16, device="meta")
+    near, far = (base.as_strided((1, 2, 1, 8), (8, stride, 8, 1)) for stride in (2**24 - 1, 2**24))
+    assert attention._dense(near) is near
+    assert attention._dense(far) is not far
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_scale_that_is_no_number_is_refused(scale):
+    q = torch.zeros(1, 2, 1, 8)
+    with pytest.raises(ValueError, match="finite scale"):
+        attention.attention(q, q, q, scale=scale)

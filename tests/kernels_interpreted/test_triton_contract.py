@@ -105,7 +105,7 @@ def busiest(name: str) -> Case:
     return max(with_values, key=lambda c: sum(options.chosen(op, c).values()))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ops.OPS)
 def test_compiled_into_one_graph(name, dtype):
     variants = ("plain", "expanded") if dtype == FP32 else ("plain",)

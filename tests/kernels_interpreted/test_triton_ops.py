@@ -12,8 +12,10 @@ from tritium.kernels import ops
 from tritium.kernels.attention import impl_triton as attention
 from tritium.kernels.attention import reference as attention_reference
 from tritium.kernels.cross_entropy import impl_triton as cross_entropy
+from tritium.kernels.cross_entropy import reference as cross_entropy_reference
 from tritium.kernels.lib import triton_launch
 from tritium.kernels.linear_cross_entropy import impl_triton as linear_cross_entropy
+from tritium.kernels.linear_cross_entropy import reference as linear_cross_entropy_reference
 from tritium.kernels.site import Machine, Site
 
 
@@ -241,6 +243,41 @@ def test_the_host_waits_for_no_loss():
         linear_cross_entropy._launch_backward(loss, dx, dweight, torch.bfloat16, torch.float32)
         with pytest.raises(AssertionError, match="waits"):
             loss.item()
+
+
+@pytest.mark.parametrize("lowest", [-2e30, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min])
+def test_rows_of_very_low_logits(lowest):
+    """A row that a mask has filled: all classes are alike."""
+    logits = torch.full((2, 5), lowest).requires_grad_()
+    losses = cross_entropy.cross_entropy(logits, torch.tensor([1, 4]), 5)
+    want = cross_entropy_reference.cross_entropy(logits, torch.tensor([1, 4]), 5)
+    torch.testing.assert_close(losses, want)
+    for got, exact in zip(*(torch.autograd.grad(x.sum(), logits) for x in (losses, want)), strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+def test_a_loss_scale_saves_small_gradients_in_fp16():
+    """Probabilities below fp16's smallest number, and an upstream gradient that lifts them: as much is left as there
+    is without a reduction."""
+    logits = (random(4, 600) * 5).half().requires_grad_()
+    targets = torch.tensor([1, 2, 3, 4])
+
+    def zeros(loss: torch.Tensor) -> int:
+        (gradient,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 8192.0))
+        return int((gradient == 0).sum())
+
+    for reduction in ("none", "sum", "mean"):
+        least = zeros(cross_entropy_reference.cross_entropy(logits, targets, 600, reduction=reduction))
+        assert zeros(cross_entropy.cross_entropy(logits, targets, 600, reduction=reduction)) <= least * 1.1
+    x, weight = (random(4, 16) * 2).half().requires_grad_(), (random(600, 16, seed=1) * 2).requires_grad_()
+    loss = linear_cross_entropy.linear_cross_entropy(x, weight, targets, 600)
+    (dweight,) = torch.autograd.grad(loss, weight, torch.tensor(1.0))
+    exact = linear_cross_entropy_reference.linear_cross_entropy(x.double(), weight.double(), targets, 600)
+    (true,) = torch.autograd.grad(exact, weight)
+    rows = true.abs().amax(1)
+    small = (rows > 1e-9) & (rows < 3e-8)  # in fp16 all of these would be 0
+    assert small.sum() > 5
+    assert (dweight[small] != 0).any(1).float().mean() > 0.8
 
 
 # ------------------------------------------------------------------------------------------------ linear_cross_entropy

@@ -269,3 +269,16 @@ def test_repeats_bit_for_bit_and_leaves_the_counter_as_it_was():
 def test_global_norm_refuses_fp64():
     with pytest.raises(TypeError, match=r"tensors\[1\] is torch.float64"):
         global_norm.global_norm([random(3), random(3).double()])
+
+
+def test_tables_belong_to_the_stream_that_wrote_them(monkeypatch):
+    """Another stream may launch before the copy to the device is done."""
+    tensors = [[torch.zeros(5), torch.zeros(7)]]
+    made = []
+    for stream in (1, 2, 1):
+        monkeypatch.setattr(triton_lists, "stream_of", lambda device, stream=stream: stream)
+        made.append(triton_lists.tables(tensors, coded=(0,), chunk=4))
+    for part in ("owners", "layout", "addresses"):
+        first, second, again = (getattr(table, part) for table in made)
+        assert first is again
+        assert first is not second
