@@ -5,40 +5,19 @@ memory bandwidth is the bound.
 """
 
 from array import array
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from tritium.kernels.adamw import arguments
 from tritium.kernels.autograd import update_op
 from tritium.kernels.lib import native
 from tritium.kernels.site import Site
 
 DETERMINISTIC = True  # elements are independent
 
+_CPU = torch.device("cpu")
 _step = native.Function("adamw", "li pppppppp pppp dddd pi")
-
-
-def _check(what: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
-    if (
-        [t.shape for t in tensors] == [p.shape for p in params]
-        and {t.dtype for t in tensors}.issubset(dtypes)
-        and all(t.is_cpu for t in tensors)
-    ):
-        return  # whole lists at once: this runs every step
-    if len(tensors) != len(params):
-        raise ValueError(f"adamw needs one of {what} for each of the {len(params)} params; there are {len(tensors)}")
-    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        if tensor.dtype not in dtypes or not tensor.is_cpu:
-            names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise TypeError(
-                f"adamw native needs {what} in {names} on the CPU; "
-                f"{what}[{i}] is {tensor.dtype} on {tensor.device}; choose reference"
-            )
-        if tensor.shape != param.shape:
-            raise ValueError(
-                f"adamw: {what}[{i}] has shape {tuple(tensor.shape)}, its param {tuple(param.shape)}; they must agree"
-            )
 
 
 def _launch(
@@ -56,11 +35,7 @@ def _launch(
     eps: float,
     weight_decay: float,
 ) -> None:
-    for what, masters in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        _check(what, masters, params, (torch.float32,))
-    _check("grads", grads, params, tuple(native.DTYPES))
-    if copies:
-        _check("copies", copies, params, tuple(native.DTYPES))
+    arguments.check("native", params, copies, grads, exp_avgs, exp_avg_sqs, _CPU, tuple(native.DTYPES))
     written = (params, copies, exp_avgs, exp_avg_sqs)
     p, s, m, v = dense = [*map(native.dense, written)]
     g = native.dense(grads)

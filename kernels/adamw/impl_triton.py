@@ -20,7 +20,6 @@ FLOPs an element: the bound is memory bandwidth. Nothing is saved; an update has
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritium.kernels.adamw import arguments
 from tritium.kernels.autograd import update_op
 from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.lib import triton_lists as lists
@@ -143,12 +143,9 @@ def _launch(
     eps: float,
     weight_decay: float,
 ) -> None:
-    shapes = [p.shape for p in params]
-    for what, masters in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        _check(what, masters, params, shapes, (torch.float32,))
-    _check("grads", grads, params, shapes, launch.DTYPES)
-    if copies:
-        _check("copies", copies, params, shapes, launch.DTYPES)
+    if not params:
+        return
+    arguments.check("in Triton", params, copies, grads, exp_avgs, exp_avg_sqs, params[0].device, launch.DTYPES)
     if not any(p.numel() for p in params):
         return
     device = params[0].device
@@ -176,34 +173,6 @@ def _launch(
 
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0.0 else -math.inf
-
-
-def _check(
-    what: str,
-    tensors: Sequence[Tensor],
-    params: Sequence[Tensor],
-    shapes: Sequence[torch.Size],
-    dtypes: Sequence[torch.dtype],
-) -> None:
-    if (
-        [t.shape for t in tensors] == shapes
-        and {t.dtype for t in tensors}.issubset(dtypes)
-        and {t.device for t in tensors} <= {p.device for p in params[:1]}
-    ):
-        return  # whole lists at once: this runs every step
-    if len(tensors) != len(params):
-        raise ValueError(f"adamw needs one of {what} for each of the {len(params)} params; there are {len(tensors)}")
-    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        if tensor.dtype not in dtypes or tensor.device != params[0].device:
-            names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise TypeError(
-                f"adamw in Triton needs {what} in {names} on {params[0].device}; "
-                f"{what}[{i}] is {tensor.dtype} on {tensor.device}; choose reference"
-            )
-        if tensor.shape != param.shape:
-            raise ValueError(
-                f"adamw: {what}[{i}] has shape {tuple(tensor.shape)}, its param {tuple(param.shape)}; they must agree"
-            )
 
 
 _adamw = update_op("adamw_triton", _launch, mutates=("params", "copies", "exp_avgs", "exp_avg_sqs"))

@@ -1,17 +1,17 @@
 """Cases of geglu. N rows (the product of the leading axes) · F width.
 
-Options: the op's own approximate; spread (2.0) of gate; extremes (False): EXTREMES are among the gate's values; packed
-(False): gate and up are the halves of one tensor's rows, as a projection gives them.
+Options: the op's own approximate; swiglu's spread, extremes and packed.
 """
 
 import math
 
 import torch
 
-from tritium.kernels.case import Budget, Case
+from tritium.kernels.case import Case
+from tritium.kernels.swiglu import cases as swiglu
+from tritium.kernels.swiglu.cases import BUDGETS, axes, bytes, bytes_backward
 
-# either side of where an exponential overflows or a term vanishes, and far beyond
-EXTREMES = (1e4, -1e4, 300.0, -300.0, 90.0, -90.0, 33.0, -33.0, 12.0, -12.0, 5.5, -5.5, 1e-4, -1e-4, 0.0, -0.0)
+__all__ = ["BUDGETS", "CASES", "axes", "bytes", "bytes_backward", "flops", "flops_backward", "inputs"]
 
 CASES = (
     Case("one", {"F": 1}),
@@ -37,25 +37,10 @@ CASES = (
 
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, object]:
-    generator = torch.Generator().manual_seed(seed)
-    gate = torch.randn(axes(case), generator=generator) * case.options.get("spread", 2.0)
-    up = torch.randn(axes(case), generator=generator)
-    if case.options.get("extremes"):
-        gate.view(-1)[: len(EXTREMES)] = torch.tensor(EXTREMES)
-        up = up.clamp(-2, 2)  # so that the product stays within fp16
-    gate, up = gate.to(device, dtype), up.to(device, dtype)
-    if case.options.get("packed"):
-        gate, up = torch.cat((gate, up), dim=-1).chunk(2, dim=-1)
     return {
-        "gate": gate.detach().requires_grad_(),
-        "up": up.detach().requires_grad_(),
+        **swiglu.inputs(case, dtype, device, seed),
         "approximate": case.options.get("approximate", "tanh"),
     }
-
-
-def axes(case: Case) -> tuple[int, ...]:
-    """The shape of gate and up."""
-    return tuple(case.shape[letter] for letter in ("B", "T", "N", "F") if letter in case.shape)
 
 
 def flops(case: Case) -> int:
@@ -66,19 +51,3 @@ def flops(case: Case) -> int:
 def flops_backward(case: Case) -> int:
     """gelu's 14 per element, gelu once more for dup, and three products."""
     return 18 * math.prod(axes(case))
-
-
-def bytes(case: Case, dtype: torch.dtype) -> int:
-    """Read gate and up, write y."""
-    return 3 * dtype.itemsize * math.prod(axes(case))
-
-
-def bytes_backward(case: Case, dtype: torch.dtype) -> int:
-    """Read gate, up and dy, write dgate and dup."""
-    return 5 * dtype.itemsize * math.prod(axes(case))
-
-
-BUDGETS = (
-    Budget("_gated_forward", registers=64, threads=1024, needs=("wide loads", "wide stores")),
-    Budget("_gated_backward", registers=80, threads=768, needs=("wide loads", "wide stores")),
-)

@@ -52,3 +52,19 @@ def test_linear_of_another_length_compiles_nothing_new():
         assert by_kernel
         compiled.add(tuple(by_kernel.items()))
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "kernel"),
+    [("linear_cross_entropy", "gpt2_124m", "_forward_backward"), ("global_norm", "gpt2_124m", "_norm")],
+)
+def test_what_is_read_before_others_write_has_a_barrier(op, name, kernel):
+    """The interpreter runs programs thread by thread and cannot see it missing: in the loss every thread has read its
+    row before any writes the gradient over it; in the norm all have written before the last program counts."""
+    op = ops.OPS[op]
+    (case,) = (c for c in op.cases.CASES if c.name == name)
+    arguments = aot.meta_inputs(op, case, torch.bfloat16)
+    with aot.compiling_for("sm_90") as launched:
+        op.load("triton").function(**arguments)
+    (compiled,) = {launch.compiled for launch in launched if launch.kernel == kernel}
+    assert compiled.asm["ttir"].count("barrier") == 1
