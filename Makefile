@@ -41,10 +41,9 @@ train: $(INSTALLED)
 	@$(BIN)/tritium train tiny $(ARGS)
 
 # Triton decides when it is imported whether it interprets, so its interpreter's tests have a process of their own, as
-# have those that put a fake GPU into torch. They and as many others run beside the rest, for two cores, and their
-# output is shown when all are done.
+# have those that put a fake GPU into torch. They run beside the rest, for two cores, and their output is shown when all
+# are done.
 PYTEST := $(BIN)/python -P -m pytest
-BESIDE := tests/kernels tests/benchmarks
 # with ARGS="-k ..." a part of the tests may have none to run, though not all parts
 CHOSEN := $(if $(strip $(ARGS)),yes)
 define run-tests
@@ -54,12 +53,11 @@ define run-tests
   log=$$(mktemp); \
   ( child=; trap 'kill $$child; exit 130' INT TERM; \
     one=0; TRITON_INTERPRET=1 $(PYTEST) tests/kernels_interpreted $(1) $(ARGS) & child=$$!; wait $$child || one=$$?; \
-    two=0; env -u TRITON_INTERPRET $(PYTEST) $(BESIDE) $(1) $(ARGS) & child=$$!; wait $$child || two=$$?; \
-    three=0; env -u TRITON_INTERPRET $(PYTEST) tests/fake_cuda $(1) $(ARGS) & child=$$!; wait $$child || three=$$?; \
-    exit $$(join $$(join $$(join 5 $$one) $$two) $$three) ) > $$log 2>&1 & beside=$$!; \
+    two=0; env -u TRITON_INTERPRET $(PYTEST) tests/fake_cuda $(1) $(ARGS) & child=$$!; wait $$child || two=$$?; \
+    exit $$(join $$(join 5 $$one) $$two) ) > $$log 2>&1 & beside=$$!; \
   trap "kill $$beside; rm -f $$log; exit 130" INT TERM; \
   status=0; beside_status=0; \
-  env -u TRITON_INTERPRET $(PYTEST) tests $(addprefix --ignore=,tests/kernels_interpreted tests/fake_cuda $(BESIDE)) $(1) $(ARGS) || status=$$?; \
+  env -u TRITON_INTERPRET $(PYTEST) tests $(addprefix --ignore=,tests/kernels_interpreted tests/fake_cuda) $(1) $(ARGS) || status=$$?; \
   wait $$beside || beside_status=$$?; \
   cat $$log; rm -f $$log; \
   if [ $$(join $$(join 5 $$status) $$beside_status) = 0 ]; then echo "$@: passed"; \
