@@ -601,7 +601,7 @@ def _plan(
         raise ValueError(f"attention takes a finite scale, it is {scale}: every score would be NaN")
     sign = (scale > 0) - (scale < 0)
     factor = abs(scale) if sign else 1.0
-    constants = _constants(kernel, arch, D, R, dtype, documents, causal, sign, window, softcap > 0, dropout > 0)
+    constants = _constants(kernel, arch, D, R, dtype, documents, causal, sign, bool(window), softcap > 0, dropout > 0)
     numbers = (
         float(factor if softcap > 0 else factor * LOG2E.value), float(softcap), int(dropout * 2**32), 1 / (1 - dropout),
     )  # fmt: skip
@@ -623,8 +623,9 @@ def _constants(
 
 @functools.cache
 def _delta_constants(D: int) -> launch.Constants:
-    """32 elements a thread of y and of dy."""
-    return launch.constants(D=D, BLOCK_D=_block_d(D), BLOCK_M=min(max(4096 // _block_d(D), 16), MAX_ROWS), num_warps=4)
+    """16 elements a thread of y and of dy: with 32 ptxas spills one register on this or that architecture."""
+    BLOCK_M = min(max(2048 // _block_d(D), 16), MAX_ROWS)
+    return launch.constants(D=D, BLOCK_D=_block_d(D), BLOCK_M=BLOCK_M, num_warps=4)
 
 
 def _block_d(D: int) -> int:

@@ -241,7 +241,8 @@ class Config(NamedTuple):
 def config(C: int, itemsize: int, *, add: bool, backward: bool) -> Config:
     """The tile for rows of C elements of itemsize bytes: whole rows as long as they fit, short ones grouped.
 
-    Forward, 4 warps and more programs on a processor than needed; a thread reads 32 elements, or 16 of each summand.
+    Forward, 4 warps and more programs on a processor than needed; a thread reads 32 elements, or 16 of each summand
+    and of rows that are not aligned.
     Backward, 8 warps; a thread reads 8 elements of each operand, beside as many of both sums, and two tiles are on
     their way. Either has some 40 KB in flight on a processor, about twice what the memory's latency asks for.
     """
@@ -251,12 +252,12 @@ def config(C: int, itemsize: int, *, add: bool, backward: bool) -> Config:
         BLOCK_N = min(max(elements // BLOCK_C, 1), 256)
         num_warps = min(max(BLOCK_N * BLOCK_C // 256, 4), 16)
         STAGES = 3 if BLOCK_N * BLOCK_C * itemsize <= 16384 else 2
-        warps = 16 if C % 16 else 24  # on a processor; narrow loads, of rows that are not aligned, take more registers
+        warps = 16 if C % 16 else 24  # on a processor
         return Config(BLOCK_N, BLOCK_C, num_warps, STAGES, programs=max(warps // num_warps, 1))
     if C > MAX_FORWARD:
         BLOCK_C = min(MAX_FORWARD, 16384 // itemsize)
         return Config(1, BLOCK_C, num_warps=max(BLOCK_C // 512, 4), STAGES=2)
-    each = 16 if add else 32
+    each = 16 if add or C % 16 else 32  # narrow loads, of rows that are not aligned, take more registers
     BLOCK_C = launch.power_of_two(C)
     BLOCK_N = min(max(128 * each // BLOCK_C, 1), 256)
     return Config(BLOCK_N, BLOCK_C, num_warps=min(max(BLOCK_N * BLOCK_C // (32 * each), 4), 16))
