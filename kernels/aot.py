@@ -40,6 +40,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -548,8 +549,19 @@ def run_job(job: Job) -> Done:
 
 
 def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def _children_deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started within never see SIGINT, not even while they import: it is the parent's to answer, which does
+    when this ends."""
+    resource_tracker.ensure_running()  # starting it unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_jobs(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) -> list[Done]:
@@ -575,7 +587,8 @@ def run_jobs(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) ->
         """Run some jobs; returns those that a process died over: one of them killed it, and the pool with it."""
         pool, died = ProcessPoolExecutor(workers, spawn, _begin_worker), []
         try:
-            pending: dict[Future[Done], Job] = {pool.submit(run_job, job): job for job in some}
+            with _children_deaf_to_ctrl_c():
+                pending: dict[Future[Done], Job] = {pool.submit(run_job, job): job for job in some}
             for future in as_completed(pending):
                 try:
                     results[pending[future]] = future.result()

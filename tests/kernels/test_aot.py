@@ -299,7 +299,8 @@ def test_a_compiler_that_crashes_is_an_error_of_its_job(tmp_path, monkeypatch):
     assert alive.errors == [] and {line.resources.kernel for line in alive.lines} >= {"_forward"}
 
 
-def test_ctrl_c_ends_every_process():
+@pytest.mark.parametrize("after_s", [0.0, 0.5, 2.0], ids=["starting", "importing", "compiling"])
+def test_ctrl_c_ends_every_process(after_s):
     command = [
         sys.executable,
         "-P",
@@ -316,7 +317,7 @@ def test_ctrl_c_ends_every_process():
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as p:
         assert "compiles" in p.stderr.readline()
-        time.sleep(2)  # the workers start
+        time.sleep(after_s)
         os.killpg(p.pid, signal.SIGINT)
         out, err = p.communicate(timeout=30)
     assert (p.returncode, out) == (130, "")
