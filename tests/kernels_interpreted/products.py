@@ -5,7 +5,9 @@ python tests/kernels_interpreted/products.py        write docs/contract.md from 
 
 import itertools
 import json
+import math
 import pathlib
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -96,11 +98,27 @@ def cases(name: str, piece: Mapping[str, object]) -> Iterator[tuple[Case, torch.
         yield case_of(name, {**piece, **dict(zip(rest, values, strict=True))})
 
 
+def size(name: str) -> int:
+    """How many cases the product of an op has."""
+    return math.prod(map(len, PRODUCTS[name].values())) * len(DTYPES)
+
+
+def commit() -> str:
+    """The commit the kernels were tested at, with a + where they were changed since."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else "?"
+
+    return git("log", "-1", "--format=%h", "--", "kernels") + ("+" if git("status", "--porcelain", "kernels") else "")
+
+
+PRODUCT = "product of options"
 ABOUT = """\
 Written by `python tests/kernels_interpreted/products.py` from what `make test-full` left in build/tally.json; that
 file says what is multiplied. Every row: Triton's interpreter, fp32, bf16 and fp16 (bf16 as mended by the tests), held
 to docs/numerics.md. *cases* are those of the op's `cases.py`, with three seeds and in every layout. The bound's use is
-that of the worst tensor: 1 would be red."""
+that of the worst tensor: 1 would be red. *commit* is that of the kernels; a + says that they were being changed."""
 
 
 class Tally:
@@ -108,7 +126,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, dict[str, float]]] = {}
-        self.began = time.time()
+        self.began, self.commit = time.time(), commit()
 
     def count(self, kind: str, report) -> None:
         row = self.rows.setdefault(kind, {}).setdefault(
@@ -131,7 +149,9 @@ class Tally:
             before = {}
         rows, today = before.get("rows", {}), time.strftime("%Y-%m-%d")
         for kind, found in self.rows.items():
-            rows[kind] = rows.get(kind, {}) | {name: {**row, "date": today} for name, row in found.items()}
+            rows[kind] = rows.get(kind, {}) | {
+                name: {**row, "date": today, "commit": self.commit} for name, row in found.items()
+            }
         minutes = before.get("minutes", 0) + round((time.time() - self.began) / 60)
         TALLY.parent.mkdir(exist_ok=True)
         TALLY.write_text(json.dumps({**about, "minutes": minutes, "rows": rows}, indent=1))
@@ -149,8 +169,8 @@ def page(about: Mapping[str, object]) -> str:
     ]
     for kind, rows in about["rows"].items():
         lines += [
-            f"| {kind} | checked | passed | refused | failed | worst use of a bound | date |",
-            "|---|---|---|---|---|---|---|",
+            f"| {kind} | checked | passed | refused | failed | worst use of a bound | date | commit |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         total = [0, 0, 0]
         for name in (n for n in ops.OPS if n in rows):
@@ -158,10 +178,12 @@ def page(about: Mapping[str, object]) -> str:
             numbers = [row["checked"], row["passed"], row["refused"]]
             total = [a + b for a, b in zip(total, numbers, strict=True)]
             failed = numbers[0] - numbers[1] - numbers[2]
+            if kind == PRODUCT and row["checked"] < size(name):
+                numbers[0] = f"{row['checked']} **of {size(name)}**"
             counts = " | ".join(map(str, [*numbers, failed]))
-            lines.append(f"| {name} | {counts} | {row['worst']:.2f} | {row['date']} |")
+            lines.append(f"| {name} | {counts} | {row['worst']:.2f} | {row['date']} | {row['commit']} |")
         counts = " | ".join(map(str, [*total, total[0] - total[1] - total[2]]))
-        lines += [f"| **all** | {counts} | | |", ""]
+        lines += [f"| **all** | {counts} | | | |", ""]
     return "\n".join(lines)
 
 

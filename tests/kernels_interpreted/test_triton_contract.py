@@ -175,4 +175,4 @@ def test_full_every_case_compiled(name, dtype, tally):
 def test_full_product_of_options(name, piece, tally):
     for case, dtype in products.cases(name, piece):
         report = contract.check(ops.OPS[name], "triton", case, dtype, variants=("plain",))
-        tally.count("product of options", report)
+        tally.count(products.PRODUCT, report)
