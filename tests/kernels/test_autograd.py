@@ -179,6 +179,12 @@ def test_eager_bypasses_the_library_and_whatever_must_see_the_op_gets_it():
     assert not bypass([[fakes[0]]])
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacfwd])
+def test_a_transform_of_functions_is_told_that_there_is_no_rule(transform):
+    with pytest.raises(RuntimeError, match=r"test_two has a forward and a backward and no rule .* choose reference"):
+        transform(lambda x: two(x, torch.ones(3), None, 3)[0].sum())(torch.rand(4, 3))
+
+
 def test_a_tensor_subclass_is_not_bypassed():
     class Sub(Tensor):
         pass
@@ -291,9 +297,6 @@ def test_tensors_come_before_constants_in_what_is_saved(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ update_op
 
 
-# ------------------------------------------------------------------------------------------------------------ update_op
-
-
 def nudge(params: list[Tensor], copies: list[Tensor], by: Tensor, factor: float) -> None:
     calls.append("nudge")
     for i, p in enumerate(params):
@@ -321,6 +324,25 @@ def test_an_update_mutates_what_it_names(mode, with_copies, monkeypatch):
     assert torch.equal(params[1], torch.full((2, 2), 3.0))
     assert all(torch.equal(c, p.to(torch.bfloat16)) for c, p in zip(copies, params, strict=False))
     assert calls == ["nudge", "nudge"]
+
+
+@pytest.mark.parametrize("mode", ["eager", "registered"])
+def test_a_backward_notices_that_what_it_saved_was_updated(mode, monkeypatch):
+    if mode == "registered":
+        monkeypatch.setattr("tritium.kernels.autograd.bypass", lambda args: False)
+
+    def silent(params: list[Tensor], copies: list[Tensor], by: Tensor, factor: float) -> None:
+        for tensor in (*params, *copies):  # as a kernel writes: autograd does not see it
+            tensor.detach().numpy()[:] = 7.0
+
+    quiet = update_op(f"test_silent_{mode}", silent, mutates=("params", "copies"))
+    weight, copy, x = torch.ones(3), torch.ones(3), torch.ones(3, requires_grad=True)
+    for changed in (weight, copy):
+        y = (x * changed).sum()
+        quiet([weight], [copy], torch.tensor(2.0), 0.5)
+        assert changed[0] == 7.0
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
 
 
 def test_an_update_in_a_compiled_step_is_seen_by_what_follows():
