@@ -165,6 +165,8 @@ class Kernel:
         found = self.compiled.get(key)
         if found is None:
             kernel = self.jit[grid](*args, **constants)
+            if kernel is None:  # a hook of Triton's took the compilation upon itself
+                return
             self.compiled[key] = (
                 kernel.run, kernel.function, kernel.packed_metadata, tuple(constants[name] for name in self.names)
             )  # fmt: skip

@@ -118,6 +118,17 @@ def test_a_profilers_hooks_see_every_launch(launched, hook, monkeypatch):
     assert runs == [1]
 
 
+def test_a_compilation_that_a_hook_took_over_is_not_remembered(launched, monkeypatch):
+    kernel, chosen = Kernel(_copy), constants(BLOCK=128, num_warps=1)
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **about: True)
+    kernel((1,), chosen, *arguments())
+    assert not kernel.compiled
+    assert not launched
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", None)
+    kernel((1,), chosen, *arguments())
+    assert len(launched) == 1
+
+
 def test_who_watches_launches_sees_them():
     kernel, chosen = Kernel(_copy), constants(BLOCK=64, num_warps=2)
     with aot.compiling_for("sm_90") as seen:
