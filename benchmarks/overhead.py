@@ -6,8 +6,9 @@ One forward and backward is recorded: the Triton launches and the calls into tor
 makes the same calls again, one after the other, with nothing around them: ``torch.empty`` and ``kernel[grid](...)``.
 *ours* is the op's function and torch.autograd's backward, several calls in one graph, as in a model. The difference is
 what checks, tile choice, views and autograd add. *autograd* is what a torch.autograd.Function with the op's tensors
-and no work costs, beside allocating its results. Most of it is the engine's, for every gradient that arrives at a leaf:
-torch's own operators, whose backward is in C++, cost nearly as much (docs/log.md); *own* is the rest. An update op has no backward: it walks lists of tensors, some 5 µs a tensor, and is no part of the verdict.
+and no work costs, beside allocating its results. Most of it is the engine's, for every gradient that arrives at a
+leaf: torch's own operators, whose backward is in C++, cost nearly as much (docs/log.md); *own* is the rest. An update
+op has no backward: it walks lists of tensors, some 5 µs a tensor, and is no part of the verdict.
 
 Without a GPU the kernels are compiled for ``--arch`` and not launched, on small CPU tensors: the host's part alone.
 """

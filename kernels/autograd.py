@@ -21,8 +21,8 @@ watching = 0  # dispatch modes at work that only watch (engine/syncs.py): what t
 
 
 def bypass(args: Sequence[Any]) -> bool:
-    """Whether the library boundary may be skipped: not compiling, no dispatch mode or torch.func transform at work, every
-    tensor a plain one."""
+    """Whether the library boundary may be skipped: not compiling, no dispatch mode or transform of torch.func at work,
+    every tensor a plain one."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > watching

@@ -166,14 +166,12 @@ class Config(NamedTuple):
 
 
 @cache
-def config(F: int, itemsize: int, one_row: bool = False) -> Config:
+def config(F: int, itemsize: int) -> Config:
     """The tile: 32 bytes a thread of each operand, two wide loads, which with 8 or more programs a processor keeps
     64 KB in flight there; and a width that divides F where a power of two of 128 or more does, or else leaves the
-    fewest columns over. one_row: there is no second row to fill the tile with."""
+    fewest columns over."""
     num_warps = 4
     elements = num_warps * 32 * 32 // itemsize
-    if one_row:
-        return Config(1, elements, num_warps)
     BLOCK_F = block_of(F, elements, 128)
     return Config(elements // BLOCK_F, BLOCK_F, num_warps)
 
@@ -183,9 +181,9 @@ _gated_forward_kernel, _gated_backward_kernel = launch.Kernel(_gated_forward), l
 
 
 @cache
-def _plan(x_dims: int, F: int, itemsize: int, activation: str) -> tuple[int, int, launch.Constants]:
+def _plan(F: int, itemsize: int, activation: str) -> tuple[int, int, launch.Constants]:
     """Rows of a tile, tiles of a row, and what the kernels are compiled with."""
-    tile = config(F, itemsize, x_dims <= 1)
+    tile = config(F, itemsize)
     constants = launch.constants(F=F, ACTIVATION=activation, **tile._asdict())
     return tile.BLOCK_N, launch.cdiv(F, tile.BLOCK_F), constants
 
@@ -199,6 +197,15 @@ def block_of(width: int, most: int, least: int) -> int:
         if -width % block < -width % best:
             best = block
     return best
+
+
+def width_of(x: Tensor) -> int:
+    """The width of x (..., F), not empty, for the kernels, which are compiled for it. A vector may have any length, so
+    it is taken as rows of a power of two: of 128 to 4096 where one divides its length, else of 1."""
+    if x.dim() > 1:
+        return x.shape[-1]
+    width = min(x.numel() & -x.numel(), 4096)
+    return width if width >= 128 else 1
 
 
 def rows_of(x: Tensor, F: int) -> tuple[Tensor, int]:
@@ -215,9 +222,9 @@ def unary_forward(x: Tensor, activation: str) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     size = x.numel()
     if size > 0:
-        F = x.shape[-1] if x.dim() else 1
+        F = width_of(x)
         N = size // F
-        block, tiles, constants = _plan(x.dim(), F, x.element_size(), activation)
+        block, tiles, constants = _plan(F, x.element_size(), activation)
         x, stride = rows_of(x, F)
         with launch.on_device(x):
             _unary_forward_kernel((launch.cdiv(N, block) * tiles,), constants, x, y, stride, N)
@@ -229,9 +236,9 @@ def unary_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     size = x.numel()
     if size > 0:
-        F = x.shape[-1] if x.dim() else 1
+        F = width_of(x)
         N = size // F
-        block, tiles, constants = _plan(x.dim(), F, x.element_size(), activation)
+        block, tiles, constants = _plan(F, x.element_size(), activation)
         (x, stride), (dy, stride_dy) = rows_of(x, F), rows_of(dy, F)
         with launch.on_device(x):
             _unary_backward_kernel((launch.cdiv(N, block) * tiles,), constants, dy, x, dx, stride_dy, stride, N)
@@ -248,9 +255,9 @@ def gated_forward(op: str, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     size = gate.numel()
     if size > 0:
-        F = gate.shape[-1] if gate.dim() else 1
+        F = width_of(gate)
         N = size // F
-        block, tiles, constants = _plan(gate.dim(), F, gate.element_size(), activation)
+        block, tiles, constants = _plan(F, gate.element_size(), activation)
         (gate, stride_gate), (up, stride_up) = rows_of(gate, F), rows_of(up, F)
         with launch.on_device(gate):
             _gated_forward_kernel(
@@ -265,9 +272,9 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tup
     dup = torch.empty_like(dgate)
     size = gate.numel()
     if size > 0:
-        F = gate.shape[-1] if gate.dim() else 1
+        F = width_of(gate)
         N = size // F
-        block, tiles, constants = _plan(gate.dim(), F, gate.element_size(), activation)
+        block, tiles, constants = _plan(F, gate.element_size(), activation)
         (gate, stride_gate), (up, stride_up), (dy, stride_dy) = rows_of(gate, F), rows_of(up, F), rows_of(dy, F)
         with launch.on_device(gate):
             _gated_backward_kernel(

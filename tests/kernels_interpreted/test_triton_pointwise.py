@@ -210,6 +210,22 @@ def test_every_finite_input_has_a_finite_gradient(op, rest, dtype):
     torch.testing.assert_close(dx, torch.where(x > 0, one, torch.where(x < 0, zero, half)), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("x", [
+    torch.randn(()), torch.randn(1), torch.randn(1001), torch.randn(640), torch.randn(8192),
+    torch.randn(1280)[::2], torch.randn(300)[1:], torch.randn(1).expand(256), torch.randn(9, 4).t()[1],
+], ids=lambda x: f"{tuple(x.shape)}/{x.stride()}")  # fmt: skip
+def test_vectors_of_any_length_and_stride(x):
+    x = x.detach().requires_grad_()
+    dy = torch.randn(x.shape)
+    for name in ("gelu", "relu2", "swiglu"):
+        op = ops.OPS[name]
+        args = (x, x.detach().flip(0) if x.dim() else x.detach()) if name == "swiglu" else (x,)
+        y, wanted = op.load("triton").function(*args), op.load("reference").function(*args)
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-6)
+        (dx,), (wanted,) = (torch.autograd.grad(r, x, dy) for r in (y, wanted))
+        torch.testing.assert_close(dx, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu_erf", "relu2"])
 def test_nan_stays_nan(activation):
     x = torch.tensor([float("nan"), 1.0])
