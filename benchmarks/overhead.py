@@ -7,8 +7,8 @@ makes the same calls again, one after the other, with nothing around them: ``tor
 *ours* is the op's function and torch.autograd's backward, several calls in one graph, as in a model. The difference is
 what checks, tile choice, views and autograd add. *autograd* is what a torch.autograd.Function with the op's tensors
 and no work costs, beside allocating its results. Most of it is the engine's, for every gradient that arrives at a
-leaf: torch's own operators, whose backward is in C++, cost nearly as much (docs/log.md); *own* is the rest. An update
-op has no backward: it walks lists of tensors, some 5 µs a tensor, and is no part of the verdict.
+leaf: the last row is an operator of torch's own with three leaves, whose backward is in C++. *own* is the rest. An
+update op has no backward: it walks lists of tensors, some 5 µs a tensor, and is no part of the verdict.
 
 Without a GPU the kernels are compiled for ``--arch`` and not launched, on small CPU tensors: the host's part alone.
 """
@@ -157,16 +157,34 @@ def measure(op: Op, backend: Backend, device: str, repeats: int = 30) -> Overhea
     case, dtype = case_of(op), torch.bfloat16
     inputs = [op.cases.inputs(case, dtype, device, seed) for seed in range(1 if op.updates else CALLS)]
     function = backend.function
+    if not op.updates and op.has_gradient:
+        return _forward_and_backward(op.name, backend.name, function, inputs, device, repeats)
     hand: list[Callable[[], object]] = []
-    if op.updates or not op.has_gradient:
-        one = inputs[0]
+    one = inputs[0]
+    function(**one)
+    with _recording(hand) as names:
         function(**one)
-        with _recording(hand) as names:
-            function(**one)
-        ours, by_hand, nothing = _interleaved(
-            [lambda: function(**one), lambda: _all(hand), lambda: None], repeats, calls=1
-        )
-        return Overhead(op.name, backend.name, len(names), ours, by_hand, nothing)
+    ours, by_hand, nothing = _interleaved([lambda: function(**one), lambda: _all(hand), lambda: None], repeats, calls=1)
+    return Overhead(op.name, backend.name, len(names), ours, by_hand, nothing)
+
+
+def yardstick(device: str, repeats: int = 30) -> Overhead:
+    """The same of an operator of torch's own, all in C++, with three leaves: what the goal means on this host."""
+    inputs = [{k: torch.ones(8, 64, device=device).requires_grad_() for k in "abc"} for _ in range(CALLS)]
+    return _forward_and_backward(
+        "torch.stack", "torch", lambda a, b, c: torch.stack((a, b, c)), inputs, device, repeats
+    )
+
+
+def _forward_and_backward(
+    op: str,
+    backend: str,
+    function: Callable[..., Any],
+    inputs: list[dict[str, Any]],
+    device: str,
+    repeats: int,
+) -> Overhead:
+    hand: list[Callable[[], object]] = []
     leaves = [[v for v in i.values() if isinstance(v, Tensor) and v.requires_grad] for i in inputs]
     outputs = _tuple(function(**inputs[0]))
     upstream = [torch.ones_like(o) for o in outputs if o.requires_grad]
@@ -197,7 +215,7 @@ def measure(op: Op, backend: Backend, device: str, repeats: int = 30) -> Overhea
         repeats,
         CALLS,
     )
-    return Overhead(op.name, backend.name, len(names), ours - idle, by_hand, nothing - allocating - idle)
+    return Overhead(op, backend, len(names), ours - idle, by_hand, nothing - allocating - idle)
 
 
 def _tuple(value: Any) -> tuple[Tensor, ...]:
@@ -255,6 +273,11 @@ def on_device(bench: Bench) -> None:
             by_hand_us=round(row.by_hand_us, 2), autograd_us=round(row.autograd_us, 2), own_us=round(row.own_us, 2),
             launches=row.launches, goal_us=GOAL_US,
         )  # fmt: skip
+    row = yardstick(bench.device, repeats=3 if bench.tiny else 30)
+    bench.lines.write(
+        "stack.torch", row.over_us, "us over by hand",
+        ours_us=round(row.ours_us, 2), by_hand_us=round(row.by_hand_us, 2), launches=0,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(row, flush=True)
         rows.append(row)
     where = "on the device" if device == "cuda" else f"host only, nothing launched, compiled for {a.arch}"
+    print(yardstick(device, a.repeats))
     print(f"{where}. More than {GOAL_US:g} µs over by hand, autograd's part included:", _above(rows, "over_us"))
     own = _above(rows, "own_us")
     print(f"More than {GOAL_US:g} µs of our own:", own)

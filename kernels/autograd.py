@@ -86,17 +86,9 @@ def differentiable(
             count += 1
         ctx.save_for_backward(*values[:count])
         ctx.constants = values[count:]
-        if outputs > 1:  # an output the loss does not use arrives as None: backward then gets zeros
-            ctx.set_materialize_grads(False)
-            ctx.grad_shapes = [(r.shape, r.dtype, r.device) for r in results[:outputs]]
         return ctx.constants
 
     def unstash(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        if outputs > 1 and any(g is None for g in grads):
-            grads = [
-                torch.zeros(s, dtype=t, device=d) if g is None else g
-                for g, (s, t, d) in zip(grads, ctx.grad_shapes, strict=True)
-            ]
         return (*grads, *ctx.saved_tensors, *ctx.constants)
 
     def place(ctx: Any, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -108,8 +100,10 @@ def differentiable(
                     result[position] = gradient
         return tuple(result)
 
+    # the op's context, unlike Eager's, has the results that only feed backward: no zeros are to be made for those
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
+        ctx.grad_shapes = [(r.shape, r.dtype, r.device) for r in output[:outputs]]
         if any(isinstance(value, Tensor) for value in stash(ctx, inputs, output)):
             raise TypeError(f"{name}: save must return tensors and None first, then constants")
 
@@ -119,7 +113,11 @@ def differentiable(
                 f"{name}: a gradient of its gradient was asked for, and it has none (it works once); choose reference"
             )
         run = backward if backward_fuses else backward_op
-        return place(ctx, run(*unstash(ctx, grads[:outputs])))
+        wanted = [  # zeros for an output that the loss does not use
+            torch.zeros(s, dtype=t, device=d) if g is None else g
+            for g, (s, t, d) in zip(grads, ctx.grad_shapes, strict=False)
+        ]
+        return place(ctx, run(*unstash(ctx, wanted)))
 
     forward_op.register_autograd(op_backward, setup_context=setup_context)
 
