@@ -1,24 +1,32 @@
 """Benchmark records: what was run, where, and every number, as JSON that is checked when it is written.
 
-Every record has the fields of :data:`COMMON`; a kind of benchmark adds its own (``throughput.SCHEMA``). A schema is
-written in plain Python: a type, a tuple of types, ``[schema]`` for a list, ``{"name": schema}`` for an object with
-exactly these keys, and ``{str: schema}`` for an object with any keys.
+Every record has the fields of :data:`COMMON`; a kind of benchmark adds its own (``throughput.SCHEMA``), its *figures*
+(what was measured, with every single sample: what ``tritium bench compare`` compares and ``report`` shows) and its
+*checks* (what had to hold for the figures to mean anything). A schema is written in plain Python: a type, a tuple of
+types, ``[schema]`` for a list, ``{"name": schema}`` for an object with exactly these keys, and ``{str: schema}`` for an
+object with any keys. docs/benchmarks.md describes every field.
 """
 
 from __future__ import annotations
 
+import ast
 import datetime
+import functools
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import pathlib
 import platform
+import shutil
+import statistics
 import subprocess
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Schema = Any
-VERSION = 1
+VERSION = 2
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IN_SOURCE_TREE = (ROOT / "setup.py").exists()  # and not an installed wheel, which may lie inside some other repository
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tritium")
@@ -32,7 +40,25 @@ MACHINE: Schema = {
     "cores": int,  # that this process may use
     "memory_bytes": int,  # of the host
     "load_average": [NUMBER],  # when the record was begun: 1, 5, 15 minutes
+    "state": {  # when the record was begun; null or [] where the system does not say
+        "clock_mhz": (*NUMBER, type(None)),  # of a GPU's processors; of a CPU, the mean over its cores
+        "clock_max_mhz": (*NUMBER, type(None)),
+        "memory_clock_mhz": (*NUMBER, type(None)),
+        "power_w": (*NUMBER, type(None)),
+        "power_limit_w": (*NUMBER, type(None)),
+        "temperature_c": (*NUMBER, type(None)),
+        "throttled_by": [str],  # reasons that a GPU's driver names, e.g. "sw_power_cap"
+    },
 }
+FIGURE: Schema = {
+    "name": str,  # "tokens_per_s", or "layer_norm.triton gpt2_124m forward"; unique in its record
+    "value": NUMBER,  # the median of the samples, where there are any
+    "unit": str,
+    "better": str,  # "higher", "lower", or "" for a figure that is no goal
+    "samples": [NUMBER],  # in the order in which they were taken, in the same unit
+}
+CHECK: Schema = {"name": str, "ok": bool, "detail": str}
+KERNEL: Schema = {"site": str, "op": str, "phase": str, "backend": str, "why": str}
 COMMON: Schema = {
     "schema": int,  # VERSION
     "kind": str,
@@ -42,6 +68,11 @@ COMMON: Schema = {
     "dirty": bool,  # whether the tree differed from that commit (benchmarks/results aside)
     "machine": MACHINE,
     "versions": {str: str},  # python and PACKAGES; "absent" where not installed
+    "preset": (str, type(None)),
+    "kernels": [KERNEL],  # which backend served which call site of tritium's model
+    "sources": {str: str},  # "op.backend" → digest of the source files that it is made of
+    "figures": [FIGURE],
+    "checks": [CHECK],
 }
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
@@ -75,8 +106,8 @@ def problems(value: Any, schema: Schema, where: str = "record") -> list[str]:
     return []
 
 
-def begin(kind: str, command: str, device: str) -> dict[str, Any]:
-    """The common fields, taken now."""
+def begin(kind: str, command: str, device: str, preset: str | None = None) -> dict[str, Any]:
+    """The common fields, taken now; kernels, sources, figures and checks are empty, to be filled in."""
     commit, dirty = source()
     return {
         "schema": VERSION,
@@ -87,7 +118,119 @@ def begin(kind: str, command: str, device: str) -> dict[str, Any]:
         "dirty": dirty,
         "machine": machine(device),
         "versions": versions(),
+        "preset": preset,
+        "kernels": [],
+        "sources": {},
+        "figures": [],
+        "checks": [],
     }
+
+
+def figure(
+    name: str, unit: str, better: str, samples: Sequence[float] = (), value: float | None = None
+) -> dict[str, Any]:
+    """A FIGURE: of ``samples``, whose median is its value, or of a ``value`` that was taken once."""
+    if better not in ("higher", "lower", ""):
+        raise ValueError(f"better is 'higher', 'lower' or '', not {better!r}")
+    if value is None:
+        value = statistics.median(samples)
+    return {"name": name, "value": value, "unit": unit, "better": better, "samples": list(samples)}
+
+
+def check(name: str, ok: bool, detail: str = "") -> dict[str, Any]:
+    """A CHECK."""
+    return {"name": name, "ok": ok, "detail": detail}
+
+
+def sources(backends: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """(op, backend) pairs → the record's ``sources``."""
+    return {f"{op}.{backend}": source_digest(op, backend) for op, backend in sorted(set(backends))}
+
+
+@functools.cache
+def source_digest(op: str, backend: str) -> str:
+    """16 hexadecimal digits of SHA-256 over what decides a backend's result and speed: its module, the modules of
+    tritium.kernels that this imports, directly or not, and for native code the C++ files beside them. "unknown" for a
+    module of the user's without a file."""
+    from tritium.kernels.ops import OPS
+
+    file = getattr(OPS[op].load(backend).module, "__file__", None)
+    if file is None:
+        return "unknown"
+    files = _imported(pathlib.Path(file), {})
+    if any(path.name == "native.py" for path in files):
+        folders = {p.parent for p in files}
+        files |= {p: p.read_bytes() for folder in folders for p in folder.rglob("*.*") if p.suffix in (".cpp", ".h")}
+    digest = hashlib.sha256()
+    for path, content in sorted(files.items()):
+        digest.update(path.name.encode() + b"\0" + content + b"\0")
+    return digest.hexdigest()[:16]
+
+
+KERNELS = ROOT / "kernels"
+NOT_OF_A_BACKEND = (
+    "op.py",
+    "ops.py",
+    "site.py",
+    "case.py",
+    "autograd.py",
+    "contract.py",
+)  # of the tree, not of a kernel
+
+
+def _imported(path: pathlib.Path, seen: dict[pathlib.Path, bytes]) -> dict[pathlib.Path, bytes]:
+    """The file and every file of tritium.kernels that it imports, with their contents."""
+    if path not in seen and not (path.parent == KERNELS and path.name in NOT_OF_A_BACKEND):
+        seen[path] = path.read_bytes()
+        for node in ast.walk(ast.parse(seen[path])):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                inner = name.removeprefix("tritium.kernels.").replace(".", "/")
+                if name.startswith("tritium.kernels.") and (KERNELS / f"{inner}.py").exists():
+                    _imported(KERNELS / f"{inner}.py", seen)
+    return seen
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """A record's common and own fields; RecordError when it is none, is cut short, or is of a version that this does
+    not read (1 is brought up to date)."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecordError(f"{path} is not a record that can be read: {error}") from error
+    if not isinstance(found, dict) or "schema" not in found or "kind" not in found:
+        raise RecordError(f"{path} is not a benchmark record: it has no fields schema and kind")
+    if found["schema"] == 1:
+        found = _from_version_1(found)
+    if found["schema"] != VERSION:
+        raise RecordError(f"{path} has schema {found['schema']!r}; this version of tritium reads 1 and {VERSION}")
+    wrong = problems({k: found[k] for k in COMMON if k in found}, COMMON)
+    if wrong:
+        raise RecordError(f"{path} does not fit the schema of records:\n  " + "\n  ".join(wrong))
+    return found
+
+
+def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 had no state of the machine, no sources, figures and checks; a throughput record's come of its arms."""
+    new = old | {"schema": VERSION, "preset": None, "kernels": [], "sources": {}, "figures": [], "checks": []}
+    new["machine"] = old.get("machine", {}) | {"state": dict.fromkeys(MACHINE["state"]) | {"throttled_by": []}}
+    if old["kind"] == "throughput":
+        settings, arms = old["settings"], old["arms"]
+        new["preset"] = settings["preset"]
+        tokens = settings["B"] * settings["T"]
+        for key, arm in arms.items():
+            times = [ms for pair in arm["times"]["rounds_ms"] for ms in pair]
+            new["figures"].append(figure(f"{key} tokens/s", "tokens/s", "higher", [1e3 * tokens / ms for ms in times]))
+            new["kernels"] += arm["kernels"]
+        equal = old["equal_loss"]
+        new["checks"].append(
+            check("equal losses", equal["ok"], f"worst relative difference {equal['worst_relative']:g}")
+        )
+    return new
 
 
 def write(record: dict[str, Any], schema: Schema, path: pathlib.Path) -> None:
@@ -143,7 +286,63 @@ def machine(device: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": [round(load, 2) for load in os.getloadavg()],
+        "state": _gpu_state() if device == "cuda" else _cpu_state(),
     }
+
+
+THROTTLE = {  # bits of NVML's clocks_event_reasons that mean a GPU was held back
+    0x4: "sw_power_cap", 0x8: "hw_slowdown", 0x20: "sw_thermal", 0x40: "hw_thermal", 0x80: "hw_power_brake",
+}  # fmt: skip
+
+
+def _gpu_state() -> dict[str, Any]:
+    """MACHINE's state of the first GPU, as nvidia-smi tells; field by field, since drivers differ in what they know."""
+    fields = {
+        "clock_mhz": "clocks.sm", "clock_max_mhz": "clocks.max.sm", "memory_clock_mhz": "clocks.mem",
+        "power_w": "power.draw", "power_limit_w": "power.limit", "temperature_c": "temperature.gpu",
+    }  # fmt: skip
+    bits = _nvidia_smi("clocks_throttle_reasons.active") or _nvidia_smi("clocks_event_reasons.active")
+    try:
+        held = [name for bit, name in THROTTLE.items() if int(bits, 16) & bit]
+    except ValueError:
+        held = []
+    return {name: _number(_nvidia_smi(field)) for name, field in fields.items()} | {"throttled_by": held}
+
+
+def _nvidia_smi(field: str) -> str:
+    """One field of the first GPU without its unit, or ""."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu_state() -> dict[str, Any]:
+    """MACHINE's state of this CPU: what /proc and /sys say of its clock."""
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    clocks = [
+        mhz for line in lines if line.startswith("cpu MHz") and (mhz := _number(line.partition(":")[2])) is not None
+    ]
+    most = pathlib.Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
+    most_khz = _number(most.read_text()) if most.exists() else None
+    return {
+        "clock_mhz": round(statistics.fmean(clocks), 1) if clocks else None,
+        "clock_max_mhz": most_khz / 1e3 if most_khz is not None else None,
+        "memory_clock_mhz": None, "power_w": None, "power_limit_w": None, "temperature_c": None, "throttled_by": [],
+    }  # fmt: skip
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _cpuinfo(field: str) -> str:
