@@ -92,7 +92,7 @@ check-kernels: $(INSTALLED) $(LANE)/.installed
 	@env -u TRITON_INTERPRET $(BIN)/python -P -m tritium.kernels.aot --also $(LANE) $(ARGS)
 
 bench: $(INSTALLED)
-	@$(BIN)/tritium bench $(ARGS)
+	@$(BIN)/tritium bench peers $(ARGS)
 
 gpu:
 	@$(PYTHON) -P benchmarks/gpu.py $(ARGS)

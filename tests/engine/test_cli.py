@@ -37,7 +37,7 @@ def test_help_and_mistakes_load_no_torch():
 def test_overview_names_every_verb(tritium):
     status, out, _ = tritium("--help")
     assert status == 0
-    for verb in ("train", "prepare", "sample", "evaluate", "kernels", "bench", "export"):
+    for verb in ("train", "prepare", "sample", "evaluate", "kernels", "bench", "ablate", "export"):
         assert re.search(rf"^  {verb} +\w", out, re.M), verb
     assert tritium()[0] == 2
     assert tritium("--version")[1].startswith("tritium ")
@@ -55,11 +55,21 @@ def test_train_help_shows_field_type_default_and_meaning(tritium, monkeypatch):
     assert [n for n in cli.flags_of(Config) if f"--{n} " not in words and f"--{n}," not in words] == []
 
 
-@pytest.mark.parametrize("verb", ["prepare", "sample", "evaluate", "export", "kernels", "bench"])
+BENCHMARKS = [f"bench {name}" for name in cli.BENCHMARKS]
+
+
+@pytest.mark.parametrize("verb", ["prepare", "sample", "evaluate", "export", "kernels", "bench", "ablate", *BENCHMARKS])
 def test_every_verb_explains_itself(tritium, verb):
-    status, out, _ = tritium(verb, "--help")
+    status, out, _ = tritium(*verb.split(), "--help")
     assert status == 0
     assert "usage:" in out
+
+
+def test_bench_without_a_word_lists_the_benchmarks(tritium):
+    status, _, err = tritium("bench")
+    assert status == 2
+    for name, (about, _) in cli.BENCHMARKS.items():
+        assert re.search(rf"^  {name} +{about}$", err, re.M)
 
 
 def test_train_without_preset_lists_them(tritium):
@@ -82,6 +92,8 @@ def test_every_command_of_the_readme_is_understood():
         if verb == "train":
             assert rest[0] in (*presets.names(), "PRESET", "runs/tiny"), text
             cli.normalise(rest[1:], Config)
+        elif verb == "bench":
+            assert rest[:1] == ["WHAT"] or rest[0] in cli.BENCHMARKS, text
         elif rest[:1] == ["check"]:
             cli.normalise(rest[1:], cli.CheckOptions, ["backend"])
         elif verb in options:
@@ -110,6 +122,8 @@ def test_every_command_of_the_readme_is_understood():
         (["train", "tiny", "--n_head", "4"], ["--model.n_head", "--model.n_kv_head"]),
         (["prepare", "x.txt", "--tokeniser", "bytes"], ["--tokenizer"]),
         (["kernels", "tinny"], ["tiny"]),
+        (["bench", "kernel"], ["kernels", "All:"]),
+        (["bench", "tiny"], ["bench train tiny", "peers"]),
         (["kernels", "check", "native", "--op", "layernorm"], ["layer_norm", "add_layer_norm", "rms_norm"]),
     ],
 )
