@@ -221,6 +221,7 @@ def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
     if old["kind"] == "throughput":
         settings, arms = old["settings"], old["arms"]
         new["preset"] = settings["preset"]
+        new["command"] = old["command"].replace("tritium bench ", "tritium bench peers ", 1)  # as it is called now
         tokens = settings["B"] * settings["T"]
         for key, arm in arms.items():
             times = [ms for pair in arm["times"]["rounds_ms"] for ms in pair]

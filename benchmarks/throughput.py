@@ -312,7 +312,7 @@ def save(result: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
     name = re.sub(r"\W+", "_", settings["preset"])
     path = folder / f"throughput_{name}_T{settings['T']}_B{settings['B']}.json"
     record.write(result, SCHEMA, path)
-    tables = [table(json.loads(p.read_text())) for p in sorted(folder.glob("throughput_*.json"))]
+    tables = [table(record.read(p)) for p in sorted(folder.glob("throughput_*.json"))]
     (folder / "throughput.md").write_text("\n\n".join(tables) + "\n")
     return path
 
@@ -331,7 +331,7 @@ def _say(text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="tritium bench", description="Training throughput against other implementations of the same model."
+        prog="tritium bench peers", description="Training throughput against other implementations of the same model."
     )
     made.add_argument("presets", nargs="*", metavar="PRESET", help="presets to compare (default: gpt2_124m tiny)")
     made.add_argument("--T", type=int, help="tokens in a row (default: by preset, 256 on a CPU)")
@@ -402,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = config.replace(kernels={"default": a.kernels})
         if a.precision:
             config = config.replace(train={"precision": a.precision})
-        command = shlex.join(["tritium", "bench", *argv])
+        command = shlex.join(["tritium", "bench", "peers", *argv])
         try:
             result = bench_train(
                 config, T, B, rounds=a.rounds, device=device, peer_names=a.peers.split(","),

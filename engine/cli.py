@@ -1195,12 +1195,8 @@ def _check_speed(
 
 
 BENCHMARKS: dict[str, tuple[str, str]] = {  # what → (about, module of tritium.benchmarks)
-    "train": ("tokens/s, utilisation, memory and anatomy of training a preset", "training"),
-    "ladder": ("the GPT-2 sizes, from eager to every speed-up", "ladder"),
     "peers": ("a preset against other implementations of the same model", "throughput"),
     "kernels": ("every op, backend by backend", "kernels"),
-    "compare": ("two records: ratios, intervals, a verdict", "compare"),
-    "report": ("one page of a folder of records", "report"),
 }
 
 
@@ -1211,23 +1207,17 @@ def _bench(argv: list[str]) -> int:
         lines = "\n".join(f"  {name:<{width}}  {about}" for name, (about, _) in BENCHMARKS.items())
         print(
             f"usage: {command()} bench WHAT ...\n\n{lines}\n\n{command()} bench WHAT --help explains one. "
-            f"To begin: {command()} bench train tiny",
+            f"To begin: {command()} bench peers tiny",
             file=sys.stdout if what else sys.stderr,
         )
         return 0 if what else 2
     if what not in BENCHMARKS:
-        hint = f"; did you mean `{command()} bench train {what}`, or `peers`?" if what in presets.names() else ""
+        hint = f"; did you mean `{command()} bench peers {what}`?" if what in presets.names() else ""
         raise UsageError(
             f"there is no benchmark {what!r}{hint or '; the nearest are ' + _nearest(what, BENCHMARKS)}. "
             f"All: {command()} bench --help"
         )
     return importlib.import_module(f"tritium.benchmarks.{BENCHMARKS[what][1]}").main(argv[1:])
-
-
-def _ablate(argv: list[str]) -> int:
-    from tritium.benchmarks import ablate
-
-    return ablate.main(argv)
 
 
 VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
@@ -1237,8 +1227,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "evaluate": ("loss, perplexity and bits per byte of a trained model", _evaluate),
     "export": ("write a trained model as GPT-2 safetensors for transformers", _export),
     "kernels": ("which backends can compute each op here, and why not; check one", _kernels),
-    "bench": ("measure: training, the GPT-2 sizes, kernels, other implementations; compare records", _bench),
-    "ablate": ("what each choice of kernel or setting is worth: speed, memory, loss", _ablate),
+    "bench": ("measure: a preset against other implementations, kernels", _bench),
 }
 
 if __name__ == "__main__":

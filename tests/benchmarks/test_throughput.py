@@ -34,7 +34,7 @@ def run(tmp_path, *more):
 def test_a_comparison_leaves_a_record_and_a_table(tmp_path, capsys):
     assert run(tmp_path, "--screening-steps", "0") == 0
     result = json.loads((tmp_path / "throughput_few_T16_B2.json").read_text())
-    assert result["command"].startswith("tritium bench few --T 16")
+    assert result["command"].startswith("tritium bench peers few --T 16")
     (ours, mine), (theirs, other) = result["arms"].items()
     assert (mine["peer"], other["peer"]) == ("tritium", "textbook")
     assert result["best_peer"] == theirs
