@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from tritium.kernels.add_layer_norm.cases import fitting
 from tritium.kernels.case import Case
 from tritium.kernels.rms_norm import cases as rms_norm
 
@@ -19,7 +20,8 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int
     found = rms_norm.inputs(case, dtype, device, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     residual = rms_norm.values(torch.randn(*rms_norm.leading(case), case.shape["C"], generator=generator), case)
-    return {"x": found.pop("x"), "residual": residual.to(device, dtype).requires_grad_(), **found}
+    residual = fitting(residual.to(device, dtype), found["x"])
+    return {"x": found.pop("x"), "residual": residual.requires_grad_(), **found}
 
 
 def _elements(case: Case) -> int:

@@ -1,0 +1,477 @@
+"""Where the time of a training step goes: one row for each class of work, and what it could be at best.
+
+A few steps run under torch.profiler. On a CPU every moment of the step belongs to the innermost event that was open
+(events nest on one thread), so the rows add up to the step. On a GPU a row is the time of its kernels, *gaps* is the
+time in which the device had nothing to do, and *communication* only what no other kernel hides.
+
+Which row an event belongs to:
+  - eager: the call site of the op it ran under (every site is marked for the occasion), in backward too, by the number
+    that autograd gives a forward operator and its gradient;
+  - compiled: the names of kernels; Inductor's list what was fused into them, and a fused kernel goes to the first class
+    of CLASSES that it names, so that a norm's residual addition counts as the norm;
+  - products of matrices are GEMM wherever they run, but for attention's own.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import pathlib
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tritium.benchmarks import record
+
+if TYPE_CHECKING:
+    from tritium.benchmarks.ours import Training
+    from tritium.engine.step import MicroBatch
+
+ROW: record.Schema = {
+    "row": str,
+    "ms": record.NUMBER,  # of the profiled step of median length
+    "share": record.NUMBER,  # of the step
+    "roofline_ms": (*record.NUMBER, type(None)),  # at this device's measured rates; null where no work is defined
+    "fraction": (*record.NUMBER, type(None)),  # roofline_ms / ms
+    "top": [{"name": str, "ms": record.NUMBER}],  # what took longest in it
+}
+ROWS = (
+    "data wait", "host to device", "GEMM", "attention", "norm", "position", "activation", "loss", "embedding",
+    "elementwise", "optimizer", "communication", "gaps", "other",
+)  # fmt: skip
+OTHER_LIMIT = 0.05
+
+OP_ROWS = {
+    "linear": "GEMM", "attention": "attention", "attention_lse": "attention", "rope": "position",
+    "layer_norm": "norm", "rms_norm": "norm", "add_layer_norm": "norm", "add_rms_norm": "norm",
+    "gelu": "activation", "swiglu": "activation", "geglu": "activation", "relu2": "activation",
+    "cross_entropy": "loss", "linear_cross_entropy": "loss", "embedding": "embedding",
+    "adamw": "optimizer", "global_norm": "optimizer",
+}  # fmt: skip
+PRODUCT = re.compile(
+    r"^aten::(mm|addmm|bmm|baddbmm|addbmm|matmul|linear|_scaled_mm|dot|mv)$"
+    r"|gemm|cublas|cutlass|^nvjet|_mkl_linear|mkldnn_linear|onednn|wgrad|tritium::linear_(?!cross)",
+    re.IGNORECASE,
+)
+# class → what names it, in the order in which they are looked for
+CLASSES = {
+    "communication": re.compile(r"nccl|c10d::|gloo", re.IGNORECASE),
+    "host to device": re.compile(r"memcpy h(to|2)d|memcpy htod", re.IGNORECASE),
+    "attention": re.compile(r"attention|flash_(fwd|bwd|fprop|bprop)|fmha|sdpa", re.IGNORECASE),
+    "optimizer": re.compile(r"adamw|fused_adam|global_norm|_foreach_norm|foreach_norm", re.IGNORECASE),
+    "loss": re.compile(r"cross_entropy|log_softmax|logsumexp|nll_loss", re.IGNORECASE),
+    "activation": re.compile(r"gelu|silu|swiglu|geglu|relu|threshold_backward|_erf(_|$)|_tanh(_|$)|sigmoid"),
+    "embedding": re.compile(r"embedding|index_select"),
+    "norm": re.compile(r"layer_norm|rms_norm|_rsqrt|var_mean|fused_[a-z_]*div_expand_mul_pow|_norm_"),
+    "position": re.compile(r"rope|split_with_sizes|fused_[a-z_]*(neg|sub)_[a-z_]*(slice|split|unsqueeze)"),
+}
+HOST = re.compile(
+    r"^tritium::step$|^autograd::|^torch::autograd|Backward\d*$|^Eager$|^## Call Compiled|Dynamo|^CompiledFunction"
+    r"|^Torch-Compiled|AOTDispatcher|^cuda[A-Z]|^cu[A-Z]|^Inductor|^ProfilerStep|Runtime Wrapper|Optimizer\."
+)
+ELEMENTWISE = re.compile(r"^aten::|^graph_\d+_|^triton_|elementwise|vectorized|reduce_kernel|fused_|[Mm]em(cpy|set)")
+RANGES = {"tritium::data": "data wait", "tritium::to_device": "host to device", "tritium::optimizer": "optimizer"}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something the profiler saw. Times in microseconds. parent: index of the event it ran inside, -1: none.
+    sequence: autograd's number for a forward operator and its gradient, -1: none. kernels: (name, microseconds) of what
+    it launched on a device."""
+
+    name: str
+    start: float
+    end: float
+    parent: int = -1
+    sequence: int = -1
+    backward: bool = False
+    kernels: tuple[tuple[str, float], ...] = ()
+
+
+def classify(name: str) -> str | None:
+    """The row of a kernel or operator by its name alone; None for one that tells nothing (host work, plain additions).
+
+    Products of matrices come first: ``tritium::linear_cross_entropy`` is a loss, the ``aten::mm`` in it a GEMM.
+    """
+    if PRODUCT.search(name):
+        return "GEMM"
+    return next((row for row, pattern in CLASSES.items() if pattern.search(name)), None)
+
+
+def rows_of(events: Sequence[Event]) -> list[str]:
+    """The row of every event, in order; "gaps" for the host's own work and "other" for what cannot be told."""
+    place = [_by_range(events, i) for i in range(len(events))]
+    forward = {
+        event.sequence: row for event, row in zip(events, place, strict=True)
+        if event.sequence >= 0 and not event.backward and row in OP_ROWS.values() and event.name not in RANGES
+    }  # fmt: skip
+    found: list[str] = []
+    for i, event in enumerate(events):
+        row = place[i]
+        named = classify(event.name)
+        inherited, up = None, i
+        while row is None and up >= 0:  # the nearest event that says what it is for
+            if events[up].backward and events[up].sequence in forward:
+                row = forward[events[up].sequence]
+            inherited = inherited or classify(events[up].name)
+            up = events[up].parent
+        if row in (None, "loss", "GEMM") and named == "GEMM":
+            row = "GEMM"
+        elif row is None:
+            row = named or inherited
+            if HOST.search(event.name):
+                row = "gaps"
+            elif row is None:
+                row = "elementwise" if ELEMENTWISE.search(event.name) else "other"
+        found.append(row)
+    return found
+
+
+def _by_range(events: Sequence[Event], i: int) -> str | None:
+    """The row of the nearest mark around an event; what lies in the optimizer or in the data's range is theirs."""
+    row = None
+    while i >= 0:
+        name = events[i].name
+        if name in RANGES:
+            return RANGES[name]
+        if row is None and name.startswith("tritium::op::"):
+            row = OP_ROWS.get(name.removeprefix("tritium::op::"))
+        i = events[i].parent
+    return row
+
+
+def cpu_rows(events: Sequence[Event]) -> dict[str, dict[str, float]]:
+    """Row → name → milliseconds, by each event's own time: what no event inside it covers."""
+    own = [event.end - event.start for event in events]
+    for event in events:
+        if event.parent >= 0:
+            own[event.parent] -= event.end - event.start
+    found: dict[str, dict[str, float]] = {}
+    for event, row, us in zip(events, rows_of(events), own, strict=True):
+        names = found.setdefault(row, {})
+        names[event.name] = names.get(event.name, 0.0) + us / 1e3
+    return found
+
+
+def device_rows(
+    events: Sequence[Event], timeline: Sequence[tuple[str, float, float]], start: float, end: float
+) -> dict[str, dict[str, float]]:
+    """The same for a GPU. events: the host's, whose ``kernels`` give each kernel its row; timeline: (name, start, end)
+    of everything that ran on the device between ``start`` and ``end``, in microseconds. Where streams overlap, a moment
+    counts for the row that began first; communication only where it is alone."""
+    by_name: dict[str, collections.Counter[str]] = {}
+    for event, row in zip(events, rows_of(events), strict=True):
+        for name, us in event.kernels:
+            by_name.setdefault(name, collections.Counter())[row] += max(us, 1e-3)  # type: ignore[assignment]
+    found: dict[str, dict[str, float]] = {}
+
+    def add(row: str, name: str, us: float) -> None:
+        if us > 0:
+            names = found.setdefault(row, {})
+            names[name] = names.get(name, 0.0) + us / 1e3
+
+    computing = sorted((s, e, n) for n, s, e in timeline if classify(n) != "communication")
+    covered: list[tuple[float, float]] = []
+    at = start
+    for s, e, name in computing:
+        us = e - max(s, at)
+        if us > 0:
+            covered.append((max(s, at), e))
+        shares = by_name.get(name)
+        row = classify(name)
+        if row is None and shares:
+            row = max(shares, key=lambda r: shares[r])
+            row = None if row == "gaps" else row
+        add(row or ("elementwise" if ELEMENTWISE.search(name) else "other"), name, us)
+        at = max(at, e)
+    alone = _uncovered(sorted((s, e) for n, s, e in timeline if classify(n) == "communication"), covered)
+    add("communication", "exposed", alone)
+    add("gaps", "idle", (end - start) - sum(e - s for s, e in covered) - alone)
+    data = {row: sum(e.end - e.start for e in events if RANGES.get(e.name) == row) for row in ("data wait",)}
+    for row, us in data.items():  # the host waits; the device idles meanwhile
+        waited = min(us / 1e3, found.get("gaps", {}).get("idle", 0.0))
+        add(row, "wait", 1e3 * waited)
+        if waited:
+            found["gaps"]["idle"] -= waited
+    return found
+
+
+def _uncovered(spans: Iterable[tuple[float, float]], covered: Sequence[tuple[float, float]]) -> float:
+    """The length of the union of ``spans`` outside ``covered`` (disjoint, sorted)."""
+    total, at = 0.0, float("-inf")
+    for start, end in spans:
+        start = max(start, at)
+        at = max(at, end)
+        if end <= start:
+            continue
+        total += end - start
+        total -= sum(max(0.0, min(end, e) - max(start, s)) for s, e in covered)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------ profiling
+
+
+@contextlib.contextmanager
+def kernels_named(device: str) -> Iterator[None]:
+    """While a model is compiled: make Inductor's C++ kernels show up in a profile, by name."""
+    import torch._inductor.config
+
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}) if device == "cpu" else _nothing():
+        yield
+
+
+def _nothing() -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _marked(training: Training) -> Iterator[None]:
+    """Every call site inside a range of its op's name, where nothing is compiled (a compiled graph does not see them);
+    the optimizer's always."""
+    import torch
+
+    from tritium.kernels.op import call_sites
+
+    engine = training.engine
+    holders = [engine.optimizer] if engine.compiled else [engine.model, engine.optimizer]
+    sites = [site for _, site in call_sites(holders)]
+    before = [site.function for site in sites]
+
+    def marked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch.profiler.record_function(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    step = engine.optimizer.step
+    engine.optimizer.step = marked(step, "tritium::optimizer")  # type: ignore[method-assign]
+    for site in sites:
+        site.function = marked(site.function, f"tritium::op::{site.op.name}")
+    try:
+        yield
+    finally:
+        del engine.optimizer.step  # type: ignore[method-assign]
+        for site, function in zip(sites, before, strict=True):
+            site.function = function
+
+
+def profile(
+    training: Training, source: Callable[[], MicroBatch], steps: int = 5
+) -> tuple[dict[str, float], float, dict[str, dict[str, float]]]:
+    """Train ``steps`` steps on the batches that ``source`` hands out (on the host) under the profiler.
+
+    Returns row → ms, the step's own ms, and row → name → ms: of the step of median length.
+    """
+    import torch
+
+    device = training.world.device
+    cuda = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
+
+    def one() -> None:
+        with torch.profiler.record_function("tritium::step"):
+            with torch.profiler.record_function("tritium::data"):
+                batch = source()
+            with torch.profiler.record_function("tritium::to_device"):
+                batch = batch.to(device)
+            training.step(batch.ids, batch.targets)
+            if cuda:
+                torch.cuda.synchronize()
+
+    with _marked(training):
+        one()
+        with torch.profiler.profile(activities=activities) as seen:
+            for _ in range(steps):
+                one()
+    marks = sorted(_steps(seen.events()), key=lambda step: step[1] - step[0])
+    start, end, events, timeline = marks[len(marks) // 2]  # of one step, so that the rows add up to it
+    names = device_rows(events, timeline, start, end) if cuda else cpu_rows(events)
+    return {row: sum(names.get(row, {}).values()) for row in ROWS}, (end - start) / 1e3, names
+
+
+def _steps(
+    events: Iterable[Any],
+) -> Iterator[tuple[float, float, list[Event], list[tuple[str, float, float]]]]:
+    """(start, end, the host's events, the device's) of each marked step, from torch.profiler's events."""
+    from torch.autograd import DeviceType
+
+    host = [e for e in events if e.device_type == DeviceType.CPU and not e.is_async]
+    device = [e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith("tritium::")]
+    for mark in (e for e in host if e.name == "tritium::step"):
+        start, end = mark.time_range.start, mark.time_range.end
+        inside = sorted(
+            (e for e in host if e.thread == mark.thread and e.time_range.start >= start and e.time_range.end <= end),
+            key=lambda e: (e.time_range.start, -e.time_range.end),
+        )
+        others = [  # backward's own thread, where there is a device
+            e for e in host if e.thread != mark.thread and e.time_range.start >= start and e.time_range.end <= end
+        ]
+        found: list[Event] = []
+        for thread in (inside, sorted(others, key=lambda e: (e.thread, e.time_range.start, -e.time_range.end))):
+            open_: list[int] = []
+            for e in thread:
+                while open_ and found[open_[-1]].end < e.time_range.end - 1e-9:
+                    open_.pop()
+                found.append(
+                    Event(
+                        e.name, e.time_range.start, e.time_range.end, open_[-1] if open_ else -1, e.sequence_nr,
+                        e.name.startswith("autograd::engine") or e.scope == 1,
+                        tuple((k.name, float(k.duration)) for k in e.kernels),
+                    )
+                )  # fmt: skip
+                open_.append(len(found) - 1)
+        timeline = [
+            (e.name, e.time_range.start, e.time_range.end) for e in device if start <= e.time_range.start <= end
+        ]
+        yield start, end, found, timeline
+
+
+# ------------------------------------------------------------------------------------------------------------- roofline
+
+
+def roofline(training: Training, B: int, T: int, matmul: float, copy: float) -> dict[str, float]:
+    """Row → least milliseconds of a step: the work of every call site by its op's cases.py, forward and backward, at
+    ``matmul`` FLOP/s or ``copy`` bytes/s (read + written), whichever takes longer.
+
+    linear_cross_entropy's products count as GEMM. What has no formula (gaps, elementwise, ...) has no row.
+    """
+    from tritium.kernels.case import Case
+    from tritium.kernels.op import call_sites
+    from tritium.kernels.peaks import ON_TENSOR_CORES
+
+    engine = training.engine
+    total: dict[str, float] = {}
+    known = {"N": B * T, "B": B, "T": T, "Tq": T, "Tk": T}
+    heads = _heads(training)
+    for path, site in call_sites([engine.model, engine.optimizer]):
+        op, cases = site.op, site.op.cases
+        if op.updates or not op.has_gradient:
+            continue
+        letters = {letter for case in cases.CASES for letter in case.shape}
+        if letters >= {"B", "T"}:  # an op whose cases have rows either way
+            letters.discard("N")
+        shape = {k: v for k, v in {**known, **heads, **site.shape}.items() if k in letters}
+        if path.endswith("qk_norm"):  # one site for the heads of q and of k
+            shape["N"] = B * T * (heads["H"] + heads["G"])
+        if not letters <= shape.keys():
+            continue
+        case = Case("step", shape)
+        flops = cases.flops(case) + cases.flops_backward(case)
+        moved = cases.bytes(case, engine.dtype) + cases.bytes_backward(case, engine.dtype)
+        row = "GEMM" if op.name == "linear_cross_entropy" else OP_ROWS[op.name]
+        seconds = max(flops / matmul if op.name in ON_TENSOR_CORES else 0.0, moved / copy)
+        total[row] = total.get(row, 0.0) + 1e3 * seconds
+    parameters = sum(p.numel() for group in engine.optimizer.groups for p in group.params)
+    copies = sum(p.numel() * p.element_size() for group in engine.optimizer.groups for p in group.copies)
+    # master, two moments read and written, the gradient read twice (norm and update), copies written
+    total["optimizer"] = 1e3 * (parameters * (6 * 4 + 2 * 4) + copies) / copy
+    return total
+
+
+def _heads(training: Training) -> dict[str, int]:
+    m = training.engine.config.model
+    return {"H": m.n_head, "G": m.kv_heads, "D": m.head_width, "R": int(m.head_width * m.rope_fraction) // 2 * 2}
+
+
+def copy_rate(device: str, seconds: float = 0.3) -> float:
+    """Bytes/s that a copy of a tensor far larger than any cache reads and writes here, the median of repeats."""
+    import torch
+
+    n = (1 << 30 if device == "cuda" else 1 << 28) // 4
+    x, y = torch.ones(n, device=device), torch.empty(n, device=device)
+    sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    y.copy_(x)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        sync()
+        start = time.perf_counter()
+        y.copy_(x)
+        sync()
+        times.append(time.perf_counter() - start)
+    return 2 * x.nbytes / statistics.median(times)
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def table(
+    rows: Mapping[str, float], wall_ms: float, best: Mapping[str, float], names: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """The record's rows (:data:`ROW`), largest first, gaps and other last; rows without time are left out."""
+    order = sorted((r for r in rows if rows[r] > 0), key=lambda r: (r in ("gaps", "other"), -rows[r]))
+    return [
+        {
+            "row": row, "ms": rows[row], "share": rows[row] / wall_ms,
+            "roofline_ms": best.get(row), "fraction": best[row] / rows[row] if row in best else None,
+            "top": [
+                {"name": name[:100], "ms": ms} for name, ms in sorted(names[row].items(), key=lambda kv: -kv[1])[:3]
+            ],
+        }
+        for row in order
+    ]  # fmt: skip
+
+
+def checks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """That the rows explain the step."""
+    other = sum(row["share"] for row in rows if row["row"] == "other")
+    total = sum(row["share"] for row in rows)
+    return [
+        record.check("other is at most 5 % of the step", other <= OTHER_LIMIT, f"{100 * other:.1f} %"),
+        record.check("the rows add up to the step", abs(total - 1) <= OTHER_LIMIT, f"{100 * total:.1f} %"),
+    ]
+
+
+def text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows for a terminal."""
+    lines = [f"{'where a step goes':<18}{'ms':>10}{'share':>8}{'at best':>10}{'of it':>7}  most of it"]
+    for row in rows:
+        best = (
+            f"{row['roofline_ms']:>10.2f}{100 * row['fraction']:>6.0f}%" if row["roofline_ms"] is not None else " " * 17
+        )
+        top = ", ".join(f"{t['name'][:44]} {t['ms']:.1f}" for t in row["top"][:1])
+        lines.append(f"{row['row']:<18}{row['ms']:>10.2f}{100 * row['share']:>7.1f}%{best}  {top}")
+    return "\n".join(lines)
+
+
+COLOURS = {
+    "data wait": "#8c564b", "host to device": "#c49c94", "GEMM": "#1f5f99", "attention": "#4f9bd6", "norm": "#2f8f5b",
+    "position": "#8fcf9f", "activation": "#d9a21b", "loss": "#c23b22", "embedding": "#e8967a", "elementwise": "#9a78b8",
+    "optimizer": "#5e4b8b", "communication": "#d16ba5", "gaps": "#b8b8b8", "other": "#555555",
+}  # fmt: skip
+
+
+def draw(rows: Sequence[Mapping[str, Any]], title: str, path: pathlib.Path) -> None:
+    """A stacked bar of the step, and beneath it one of what each row could be at best."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    left = {"measured": 0.0, "at best": 0.0}
+    whole = sum(row["ms"] for row in rows)
+    for row in rows:
+        colour = COLOURS[row["row"]]
+        axes.barh("measured", row["ms"], left=left["measured"], color=colour, edgecolor="white", linewidth=0.6,
+                  label=f"{row['row']}  {row['ms']:.1f} ms, {100 * row['share']:.0f} %")  # fmt: skip
+        if row["share"] > 0.06:
+            axes.text(left["measured"] + row["ms"] / 2, "measured", row["row"], ha="center", va="center",
+                      color="white", fontsize=8)  # fmt: skip
+        left["measured"] += row["ms"]
+        if row["roofline_ms"] is not None:
+            axes.barh("at best", row["roofline_ms"], left=left["at best"], color=colour, edgecolor="white",
+                      linewidth=0.6)  # fmt: skip
+            left["at best"] += row["roofline_ms"]
+    axes.text(left["at best"] + 0.01 * whole, "at best", f"{left['at best']:.1f} ms", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

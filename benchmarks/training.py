@@ -1,0 +1,529 @@
+"""What training a preset does on this machine: speed, utilisation in every convention, memory, compilation.
+
+    tritium bench train [PRESET] [--T 256] [--B 2] [--rounds 10] [--anatomy] [--FIELD VALUE ...]
+
+A step is what ``tritium train`` runs (:mod:`ours`), on batches of random tokens. In the same rounds as the steps, and
+between them (:mod:`timing`), run the two things that a step cannot do without: the products of its matrices, as bare
+calls of torch, and attention by the fastest backend that is right here. The step's time over theirs is what is lost to
+all else; unlike tokens/s it can be compared across machines.
+
+The benchmark fails (exit status 1, the record says why) when something is compiled after the warm-up, when the graph
+is broken, or when a loss is not finite. Any field of the configuration is a flag, as for ``tritium train``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tritium.benchmarks import record, timing
+from tritium.engine import presets
+from tritium.engine.config import Config, ConfigError
+from tritium.kernels.op import KernelError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from tritium.benchmarks.ours import Training
+
+SHAPES = {"cpu": {"tiny": (256, 16), "gpt2_124m": (256, 2)}, "cuda": {"tiny": (256, 64), "gpt2_124m": (1024, 32)}}
+VOCAB_SIZE = 1024  # for a preset that takes its vocabulary from the data
+
+GEMM: record.Schema = {
+    "name": str, "N": int, "C": int, "F": int,  # (N, C) × (C, F)
+    "count": int,  # of this product in a step
+}  # fmt: skip
+SCHEMA: record.Schema = {
+    "settings": {"T": int, "B": int, "rounds": int, "seed": int, "config": dict},
+    "model": {
+        "parameters": int, "flops_per_token": {"full": int, "causal": int},
+        "flops_per_token_done": (int, type(None)),  # by torch's counter, recomputing included; null: see the checks
+    },
+    "rates": {  # FLOP/s
+        "datasheet": (*record.NUMBER, type(None)),  # null where the device is not in kernels/peaks.py
+        "measured_matmul": record.NUMBER,  # of the best product tried here, in the step's dtype
+        "measured_at": str,
+    },
+    "gemms": [GEMM],
+    "attention": {"backend": str, "why_not": {str: str}},
+    "compilation": {
+        "compiled": bool, "first_step_s": record.NUMBER, "seconds": record.NUMBER, "graphs": int, "graph_breaks": int,
+        "compiled_after_warm_up": int,
+    },
+    "dtype": str,
+    "deterministic": bool,
+    "warm_up": {"runs": int, "stable": bool},
+    "noise": record.NUMBER,  # the step against itself, within a round
+    "step_over_own": {"median": record.NUMBER, "low": record.NUMBER, "high": record.NUMBER, "level": record.NUMBER},
+    "anatomy": [dict],  # see anatomy.ROW; empty where it was not asked for
+}  # fmt: skip
+
+
+def configured(name: str, T: int | None, device: str, fields: Sequence[str] = ()) -> tuple[Config, int, int]:
+    """(configuration, T, default B) of a preset as it is benchmarked. fields: flags as of ``tritium train``."""
+    config = presets.load(name)
+    T_default, B = SHAPES[device].get(name, (256, 2))
+    if fields:
+        from tritium.engine import cli
+
+        config = cli.parse(Config, fields, f"bench train {name}", "", default=config)
+    T = T or min(T_default, config.model.block_size)
+    model = dataclasses.replace(
+        config.model, vocab_size=config.model.vocab_size or VOCAB_SIZE, block_size=max(T, config.model.block_size)
+    )
+    return dataclasses.replace(config, model=model), T, B
+
+
+# ------------------------------------------------------------------------------------------------ what cannot be spared
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm:
+    """``count`` products of (N, C) and (C, F) in a step, each with its two backward products."""
+
+    name: str
+    N: int
+    C: int
+    F: int
+    count: int
+
+    @property
+    def flops(self) -> int:
+        """Forward and backward, all of them."""
+        return 6 * self.N * self.C * self.F * self.count
+
+
+def gemms(config: Config, tokens: int) -> list[Gemm]:
+    """Every product of a training step with ``tokens`` tokens, from the configuration."""
+    m = config.model
+    C, F, D = m.n_embd, m.hidden_width, m.head_width
+    up = 2 * F if m.activation in ("swiglu", "geglu") else F
+    return [
+        Gemm("qkv", tokens, C, (m.n_head + 2 * m.kv_heads) * D, m.n_layer),
+        Gemm("attention projection", tokens, m.n_head * D, C, m.n_layer),
+        Gemm("mlp up", tokens, C, up, m.n_layer),
+        Gemm("mlp down", tokens, F, C, m.n_layer),
+        Gemm("head", tokens, C, m.padded_vocab_size, 1),
+    ]
+
+
+def gemm_call(products: Sequence[Gemm], dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """A call that computes every product of a step as torch does, forward and backward, without a bias."""
+    import torch
+
+    def operands(g: Gemm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        draw = torch.Generator(device).manual_seed(0)
+        shapes = ((g.N, g.C), (g.F, g.C), (g.N, g.F))
+        x, w, dy = (torch.randn(shape, device=device, dtype=dtype, generator=draw) for shape in shapes)
+        return x, w, dy
+
+    work = [(g.count, *operands(g)) for g in products]
+
+    def call() -> None:
+        for count, x, w, dy in work:
+            for _ in range(count):
+                torch.nn.functional.linear(x, w)
+                torch.mm(dy, w)
+                torch.mm(dy.t(), x)
+
+    return call
+
+
+def attention_call(
+    config: Config, B: int, T: int, dtype: torch.dtype, device: str, clock: timing.Clock
+) -> tuple[str, Callable[[], object], dict[str, str]]:
+    """(backend, a call of it forward and backward for every layer of a step, backend → why it was not the one).
+
+    The fastest of those that serve the step's attention and keep the contract (benchmarks/kernels.py's gate).
+    """
+    from tritium.benchmarks import kernels
+    from tritium.kernels import contract, ops
+    from tritium.kernels.case import Case
+    from tritium.kernels.site import Machine
+
+    m, op = config.model, ops.attention
+    shape = {"B": B, "Tq": T, "Tk": T, "H": m.n_head, "G": m.kv_heads, "D": m.head_width}
+    case = Case("step", shape)
+    site = contract.site_of(op, case, dtype, Machine.here(device))
+    gate, why_not, calls, best = kernels.Gate(device), {}, {}, {}
+    inputs = op.cases.inputs(case, dtype, device, 0)
+    for name in op.backends():
+        try:
+            backend = op.load(name)
+            reason = backend.unsupported(site)
+        except KernelError as error:
+            reason = str(error)
+        if reason is None and not gate.admits(op, backend, dtype):
+            reason = f"it breaks the contract: {gate.red[-1]}"
+        if reason is not None:
+            why_not[name] = reason
+            continue
+        calls[name] = kernels.call_of(backend, inputs, backward=True)
+        clock.times_ms([calls[name]])
+        best[name] = min(clock.times_ms([calls[name]] * 3))
+    chosen = min(best, key=best.__getitem__)
+    why_not |= {name: f"{ms / best[chosen]:.2f} × as long" for name, ms in best.items() if name != chosen}
+
+    def call() -> None:
+        for _ in range(m.n_layer):
+            calls[chosen]()
+
+    return chosen, call, why_not
+
+
+def matmul_rate(products: Sequence[Gemm], dtype: torch.dtype, device: str) -> tuple[float, str]:
+    """(FLOP/s, shape) of the best product here: the step's own shapes, and a square one that a GPU needs."""
+    import torch
+
+    from tritium.engine import metrics
+
+    side = 8192 if device == "cuda" else 1536
+    shapes = {(g.N, g.C, g.F) for g in products} | {(side, side, side)}
+    rates = {s: metrics.matmul_rate(torch.device(device), dtype, *s, seconds=0.3) for s in sorted(shapes)}
+    best = max(rates, key=rates.__getitem__)
+    return rates[best], "{} × {} × {}".format(*best)
+
+
+# ------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def flops_done(training: Training, B: int, T: int) -> int:
+    """FLOPs of one step as it is run, what is computed again included: torch's counter over a step of the same model
+    with the same kernels, eager, on tensors without contents."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tritium.engine import train
+    from tritium.engine.step import MicroBatch
+
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[training.engine.dtype]
+    config = training.config.replace(train={"precision": dtype})
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
+        engine = train.build(config, training.world, compile=False)
+        ids = torch.zeros(B, T, dtype=torch.int64, device=training.world.device)
+        with FlopCounterMode(display=False) as counter:
+            engine.loss(MicroBatch(ids, ids)).backward()
+    return counter.get_total_flops()
+
+
+# -------------------------------------------------------------------------------------------------------- compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What torch.compile has done in this process so far."""
+
+    graphs: int
+    breaks: int
+    frames: int
+
+    @staticmethod
+    def now() -> Compiled:
+        from torch._dynamo.utils import counters
+
+        return Compiled(
+            counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), counters["frames"]["total"]
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- the record
+
+
+def bench(
+    config: Config,
+    T: int,
+    B: int,
+    *,
+    rounds: int = 10,
+    device: str = "cpu",
+    seed: int = 0,
+    anatomy: bool = False,
+    command: str = "",
+    say: Callable[[str], object] = lambda text: None,
+    picture: pathlib.Path | None = None,
+) -> dict[str, Any]:
+    """Train for a while and return the record (:data:`SCHEMA`). KernelError when a kernel choice cannot be met.
+
+    picture: where to draw the anatomy (PNG).
+    """
+    import torch
+
+    from tritium.benchmarks import anatomy as anatomies
+    from tritium.benchmarks import arm, ours, peers
+    from tritium.engine import allocator, metrics
+
+    result = record.begin("train", command, device, config.name)
+    clock = timing.clock_for(device)
+    with allocator.freed_memory_kept(device == "cpu"):
+        batches = peers.batches(config.model, B, T, 4, device, seed)
+        baseline, before = arm.resident_bytes(), Compiled.now()
+        start = time.perf_counter()
+        with anatomies.kernels_named(device) if anatomy else contextlib.nullcontext():
+            training = ours.build(config, device, B)
+            losses = [training.step(*batches[0]).item()]
+        first_step_s = time.perf_counter() - start
+        say(f"first step done after {first_step_s:.1f} s, loss {losses[0]:.4f}")
+        losses.append(training.step(*batches[1]).item())
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else arm.peak_bytes() - baseline
+        turn = itertools.cycle(batches)
+        last: list[torch.Tensor] = []
+
+        def step() -> None:
+            last[:] = [training.step(*next(turn))]
+
+        step_arm = timing.timed(step, clock)
+        warm = timing.warm_up(step_arm, limit_runs=20)
+        settled = Compiled.now()
+        dtype, products = training.engine.dtype, gemms(training.config, B * T)
+        rate, rate_at = matmul_rate(products, dtype, device)
+        backend, attend, why_not = attention_call(config, B, T, dtype, device, clock)
+        say(f"measured {rate / 1e12:.3g} TFLOP/s at {rate_at}; the fastest attention is {backend}")
+        own = {
+            "products": timing.timed(gemm_call(products, dtype, device), clock),
+            "attention": timing.timed(attend, clock),
+        }
+        for run in own.values():
+            timing.warm_up(run, limit_runs=6)
+        between = Compiled.now()
+        samples = timing.interleave({"step": step_arm, **own}, rounds, lambda done: say(f"round {done} of {rounds}"))
+        done = Compiled.now()
+        losses.append(last[0].item())
+        rows = _anatomy(training, batches, rate, picture, config.name) if anatomy else []
+    recompiled = done.frames - between.frames
+    compile_s = max(first_step_s - samples["step"].median_ms / 1e3, 0.0) if training.engine.compiled else 0.0
+    per_token = {c: metrics.flops_per_token(config.model, T, c) for c in ("full", "causal")}  # type: ignore[arg-type]
+    executed, uncounted = _executed(training, B, T)
+    described = ours.describe(training)
+    peak_rate = datasheet(result["machine"])
+    over = timing.speedup(_sum(samples["products"], samples["attention"]), samples["step"])
+    ms = samples["step"].ms
+    figures = [
+        record.figure("tokens/s", "tokens/s", "higher", [1e3 * B * T / t for t in ms]),
+        record.figure("step", "ms", "lower", ms),
+        record.figure("own products", "ms", "", samples["products"].ms),
+        record.figure("best attention", "ms", "", samples["attention"].ms),
+        record.figure("step over its products and attention", "×", "lower", _ratios(samples)),
+        record.figure("peak memory", "bytes", "lower", value=peak),
+        record.figure("compilation", "s", "lower", value=compile_s),
+        record.figure("first step", "s", "lower", value=first_step_s),
+    ]
+    conventions: dict[str, int | None] = {f"MFU, {c}": flops for c, flops in per_token.items()}
+    conventions["HFU"] = executed
+    for name, flops in conventions.items():
+        for against, divisor in (("measured matmul", rate), ("datasheet", peak_rate)):
+            if flops is not None and divisor is not None:
+                shares = [1e3 * B * T * flops / t / divisor for t in ms]
+                figures.append(record.figure(f"{name} of {against}", "fraction", "higher", shares))
+    checks = [
+        record.check("nothing compiled after the warm-up", recompiled == 0, f"{recompiled} frames"),
+        record.check("no graph break", done.breaks == before.breaks, f"{done.breaks - before.breaks}"),
+        record.check("finite losses", all(map(math.isfinite, losses)), f"first and last {losses[0]:g}, {losses[-1]:g}"),
+        record.check("FLOPs that are done were counted", executed is not None, uncounted),
+    ]
+    if rows:
+        checks += anatomies.checks(rows)
+    return result | {
+        "settings": {
+            "T": T, "B": B, "rounds": rounds, "seed": seed, "config": json.loads(training.config.to_json()),
+        },
+        "model": {
+            "parameters": training.engine.model.num_parameters(), "flops_per_token": per_token,
+            "flops_per_token_done": executed,
+        },
+        "rates": {"datasheet": peak_rate, "measured_matmul": rate, "measured_at": rate_at},
+        "gemms": [dataclasses.asdict(g) for g in products],
+        "attention": {"backend": backend, "why_not": why_not},
+        "compilation": {
+            "compiled": training.engine.compiled, "first_step_s": first_step_s, "seconds": compile_s,
+            "graphs": settled.graphs - before.graphs, "graph_breaks": done.breaks - before.breaks,
+            "compiled_after_warm_up": recompiled,
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+        "deterministic": training.deterministic,
+        "warm_up": {"runs": warm.runs, "stable": warm.stable},
+        "noise": timing.noise(samples["step"]),
+        "step_over_own": over.to_json(),
+        "anatomy": rows,
+        "kernels": described["kernels"],
+        "sources": record.sources((row["op"], row["backend"]) for row in described["kernels"]),
+        "figures": figures,
+        "checks": checks,
+    }  # fmt: skip
+
+
+def _sum(a: timing.Samples, b: timing.Samples) -> timing.Samples:
+    return timing.Samples(tuple((x[0] + y[0], x[1] + y[1]) for x, y in zip(a.rounds, b.rounds, strict=True)))
+
+
+def _ratios(samples: dict[str, timing.Samples]) -> list[float]:
+    """The step over its products and attention, round by round."""
+    own = _sum(samples["products"], samples["attention"])
+    return [sum(a) / sum(b) for a, b in zip(samples["step"].rounds, own.rounds, strict=True)]
+
+
+def _executed(training: Training, B: int, T: int) -> tuple[int | None, str]:
+    """(FLOPs done per token, "") or (None, why torch could not count them)."""
+    try:
+        return flops_done(training, B, T) // (B * T), ""
+    except Exception as error:  # an op of a user's without fake tensors: HFU is not known then, the rest is
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+
+def _anatomy(
+    training: Training, batches: Sequence[Any], matmul: float, picture: pathlib.Path | None, name: str
+) -> list[dict[str, Any]]:
+    from tritium.benchmarks import anatomy
+    from tritium.engine.step import MicroBatch
+
+    turn = itertools.cycle([MicroBatch(ids, targets) for ids, targets in batches])
+    B, T = batches[0][0].shape
+    rows, wall_ms, names = anatomy.profile(training, lambda: next(turn))
+    best = anatomy.roofline(training, B, T, matmul, anatomy.copy_rate(training.world.device.type))
+    table = anatomy.table(rows, wall_ms, best, names)
+    if picture is not None:
+        anatomy.draw(table, f"{name}, T={T}, B={B}: where a training step of {wall_ms:.0f} ms goes", picture)
+    return table
+
+
+def datasheet(machine: dict[str, Any]) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its marketing name, or None."""
+    from tritium.kernels.peaks import PEAKS
+
+    if machine["device"] != "cuda":
+        return None
+    words = {peak: peak.name.split()[0] for peak in PEAKS}
+    return next((peak.matrix for peak, word in words.items() if word.lower() in machine["name"].lower()), None)
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The record in lines for a terminal."""
+    found = {f["name"]: f for f in result["figures"]}
+    s, c = result["settings"], result["compilation"]
+    q = timing.Samples(tuple((x, x) for x in found["step"]["samples"]))
+    over = result["step_over_own"]
+    lines = [
+        f"{result['preset']}, T={s['T']}, B={s['B']}, {result['dtype']}, {'compiled' if c['compiled'] else 'eager'}"
+        f"{', deterministic' if result['deterministic'] else ''}, on {result['machine']['name']}",
+        f"  tokens/s            {found['tokens/s']['value']:,.0f}",
+        f"  step                {q.quantile_ms(0.5):.1f} ms "
+        f"[p20 {q.quantile_ms(0.2):.1f}, p80 {q.quantile_ms(0.8):.1f}], noise {100 * result['noise']:.1f} %",
+        f"  over its own        {over['median']:.3f} [{over['low']:.3f}, {over['high']:.3f}]: the step over its matrix "
+        f"products ({found['own products']['value']:.1f} ms) and attention ({found['best attention']['value']:.1f} ms, "
+        f"{result['attention']['backend']})",
+    ]
+    for name in ("MFU, full", "MFU, causal", "HFU"):
+        shares = [
+            f"{100 * found[key]['value']:.1f} % of {against}"
+            for against in ("measured matmul", "datasheet") if (key := f"{name} of {against}") in found
+        ]  # fmt: skip
+        lines.append(f"  {name:<20}{', '.join(shares) or 'not counted'}")
+    rates = result["rates"]
+    lines.append(
+        f"  matmul              {rates['measured_matmul'] / 1e12:.3g} TFLOP/s measured at {rates['measured_at']}; "
+        + (
+            f"datasheet {rates['datasheet'] / 1e12:.0f}"
+            if rates["datasheet"]
+            else "no datasheet figure for this device"
+        )
+    )
+    lines += [
+        f"  peak memory         {found['peak memory']['value'] / 2**30:.2f} GiB",
+        f"  compilation         {c['seconds']:.1f} s, {c['graphs']} graphs, {c['graph_breaks']} breaks, "
+        f"{c['compiled_after_warm_up']} compiled after the warm-up",
+    ]
+    lines += [f"  FAILED: {check['name']}: {check['detail']}" for check in result["checks"] if not check["ok"]]
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="tritium bench train",
+        usage="%(prog)s [PRESET] [options] [--FIELD VALUE ...]",
+        allow_abbrev=False,
+        description="Speed, utilisation, memory, compilation of training a preset (default: tiny). Every field of the "
+        "configuration is a flag too, as for `tritium train` (--train.recompute full, --kernels.attention native).",
+    )
+    made.add_argument("--T", type=int, help="tokens in a row (default: by preset)")
+    made.add_argument("--B", type=int, help="rows in a step (default: by preset)")
+    made.add_argument("--rounds", type=int, default=10, help="of two steps each (default: %(default)s)")
+    made.add_argument("--anatomy", action="store_true", help="profile: where the time of a step goes, with a picture")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    made.add_argument("--seed", type=int, default=0, help="of the batches (default: %(default)s)")
+    made.add_argument("--out", type=pathlib.Path, help="folder of the record (default: benchmarks/results/MACHINE)")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``tritium bench train``; exit status 0, 1 when a check fails or a kernel choice cannot be met, 2 for a wrong
+    command line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    made = parser()
+    first = argv[:1] if argv and not argv[0].startswith("-") else []
+    a, fields = made.parse_known_args(argv[len(first) :])
+    a.preset = first[0] if first else "tiny"
+    if a.preset not in presets.names():
+        made.error(
+            f"there is no preset {a.preset!r}; the nearest are {nearest(a.preset, presets.names())}. "
+            f"All: {', '.join(presets.names())}"
+        )
+    for field, least, why in (("rounds", 2, ", or there is no interval"), ("T", 1, ""), ("B", 1, "")):
+        value = getattr(a, field)
+        if value is not None and value < least:
+            made.error(f"--{field} must be at least {least}{why}; it is {value}")
+    if not 0 <= a.seed < 2**63:
+        made.error(f"--seed must be from 0 to {2**63 - 1}; it is {a.seed}")
+    device = a.device
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    config, T, B = configured(a.preset, a.T, device, fields)
+    from tritium.benchmarks import throughput
+
+    machine = record.machine(device)
+    folder = a.out or throughput.results_folder({"machine": machine})
+    stem = f"train_{a.preset}_T{T}_B{a.B or B}" + (f"_{_digest(fields)}" if fields else "")
+    try:
+        result = bench(
+            config, T, a.B or B, rounds=a.rounds, device=device, seed=a.seed, anatomy=a.anatomy,
+            command=shlex.join(["tritium", "bench", "train", *argv]),
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+            picture=folder / f"{stem}.png" if a.anatomy else None,
+        )  # fmt: skip
+    except (KernelError, ConfigError) as error:
+        print(f"{a.preset}: {error}", file=sys.stderr)
+        return 1
+    path = folder / f"{stem}.json"
+    record.write(result, SCHEMA, path)
+    print(f"\n{summary(result)}")
+    if result["anatomy"]:
+        from tritium.benchmarks import anatomy
+
+        print(f"\n{anatomy.text(result['anatomy'])}\ndrawn: {path.with_suffix('.png')}")
+    print(f"written: {path}", flush=True)
+    return int(not all(check["ok"] for check in result["checks"]))
+
+
+def _digest(fields: Sequence[str]) -> str:
+    """A few letters that tell apart the records of one preset with other settings."""
+    import hashlib
+
+    return hashlib.sha256("\0".join(fields).encode()).hexdigest()[:6]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
