@@ -1,0 +1,304 @@
+"""What an ablation found, for readers: tables, a picture, a page; and for ``auto``: the order of an op's backends."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def percent(ratio: Mapping[str, float] | None) -> str:
+    """+5.1 % [+4.8, +5.4]"""
+    if ratio is None:
+        return "–"
+    median, low, high = (100 * (ratio[k] - 1) for k in ("median", "low", "high"))
+    return f"{median:+.1f} % [{low:+.1f}, {high:+.1f}]"
+
+
+def _mib(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    if row["peak_bytes"] is None:
+        return "–"
+    mine = f"{row['peak_bytes'] / 2**20:.1f}"
+    return mine if row is first else f"{mine} ({(row['peak_bytes'] - first['peak_bytes']) / 2**20:+.1f})"
+
+
+def _delta(x: float | None) -> str:
+    return "–" if x is None else f"{x:+.1e}"
+
+
+def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) of the table of arms that could be built."""
+    first = next(row for row in result["arms"] if row["name"] == result["baseline"])
+    heads = ["arm", "tokens/s", "against the baseline", "peak MiB", "Δ loss", "Δ gradient norm", "compile s", ""]
+    rows = []
+    for row in result["arms"]:
+        if row["status"] not in ("ok", "red"):
+            continue
+        withheld = row["speed"] is None
+        rows.append([
+            row["name"], "withheld" if withheld else f"{row['speed']['median']:,.0f}",
+            "" if row is first or withheld else percent(row["ratio"]), _mib(row, first),
+            _delta(row["loss_delta"]), _delta(row["gradient_delta"]),
+            "–" if row["compile_s"] is None else f"{row['compile_s']:.1f}",
+            "RED" if row["status"] == "red" else row["verdict"],
+        ])  # fmt: skip
+    return heads, rows
+
+
+def curve_cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) of the table of trained arms; no rows where none was trained."""
+    target = result["settings"]["target_loss"]
+    heads = ["arm", "final validation loss", "Δ final [95 %]", "p", "p, signs", "Δ mean of the curve", "p"]
+    heads += [] if target is None else ["reached", "seconds to it", "tokens to it", "faster to it [95 %]"]
+    rows = []
+    for row in result["arms"]:
+        t = row["training"]
+        if t is None:
+            continue
+        finals = [curve["val_loss"][-1] for curve in t["curves"]]
+        line = [row["name"], f"{sum(finals) / len(finals):.4f} ({min(finals):.4f} to {max(finals):.4f})"]
+        for key in ("final", "mean"):
+            p = t[key]
+            line.append("" if p is None else f"{p['mean']:+.5f} [{p['low']:+.5f}, {p['high']:+.5f}]")
+            line.append("" if p is None else f"{p['p_holm']:.3f}{' *' if p['p_holm'] < 0.05 else ''}")
+            if key == "final":
+                line.append("" if p is None else f"{p['p_signs']:.3f}")
+        if target is not None:
+            found = t["target"]
+            line.append(f"{found['reached']} of {found['of']}")
+            line += [_spread(found["seconds"], "{:.1f}"), _spread(found["tokens"], "{:,.0f}")]
+            line.append(percent(found["seconds_ratio"]) if found["seconds_ratio"] else "")
+        rows.append(line)
+    return heads, rows
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """Median (least to most)."""
+    if not values:
+        return "never"
+    middle, least, most = (form.format(v) for v in (sorted(values)[len(values) // 2], min(values), max(values)))
+    return f"{middle} ({least} to {most})"
+
+
+def remarks(result: Mapping[str, Any]) -> list[str]:
+    """What the tables do not say, in sentences."""
+    settings, twin = result["settings"], result["twin"]
+    lines = []
+    if twin is not None:
+        ok = next(c["ok"] for c in result["checks"] if c["name"] == "the baseline is as fast as its twin")
+        lines.append(
+            f"The baseline against its twin: {percent(twin)}; differences below {100 * result['resolution']:.1f} % are "
+            "not told from none."
+        )
+        if not ok:
+            lines.append(
+                "TOO NOISY: the twin's interval does not contain 0, so this machine finds differences where there are "
+                "none; take more --rounds, or a quieter machine."
+            )
+    for row in result["arms"]:
+        if row["status"] != "ok":
+            lines.append(f"{row['name']}: {row['status'].upper() if row['status'] == 'red' else row['status']}: "
+                         f"{row['reason']}")  # fmt: skip
+    if settings["steps"]:
+        n = settings["seeds"]
+        lines.append(
+            f"Trained on {settings['data']} for {settings['steps']} steps from each of {n} seeds. Differences are "
+            "paired by seed: mean, Student's 95 % interval; p corrected for the number of arms (Holm), * below 0.05. "
+            f"With {n} seeds the sign-flip test cannot go below {2 / 2**n:.3g}."
+        )
+        shown = [row["training"]["final"] for row in result["arms"] if row["training"] and row["training"]["final"]]
+        if shown:
+            widest = max((p["high"] - p["low"]) / 2 for p in shown)
+            lines.append(
+                f"Differences of the final loss up to {widest:.2g} would not show with this spread over seeds."
+            )
+    if settings["target_loss"] is not None:
+        lines.append(
+            f"Time to a validation loss of {settings['target_loss']:g}: seconds of training steps, without evaluation "
+            f"and compiling, at the first evaluation (every {settings['eval_every']} steps) that is there."
+        )
+    lines += [f"FAILED: {c['name']}: {c['detail']}" for c in result["checks"]
+              if not c["ok"] and "computes what" not in c["name"]]  # fmt: skip
+    return lines
+
+
+def title(result: Mapping[str, Any]) -> str:
+    settings, machine = result["settings"], result["machine"]
+    return f"{result['preset']}, T={settings['T']}, B={settings['B']}, on {machine['name']}"
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """The record for a terminal."""
+    parts = [f"{title(result)}; baseline: {result['baseline']}"]
+    for heads, rows in (cells(result), curve_cells(result)):
+        if rows:
+            width = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
+            parts.append("\n".join(
+                "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
+                          enumerate(zip(line, width, strict=True))).rstrip()
+                for line in [heads, *rows]
+            ))  # fmt: skip
+    return "\n\n".join([*parts, "\n".join(remarks(result))])
+
+
+COLOURS = {"baseline": "#555555", "faster": "#2e7d4f", "slower": "#c23b22", "no difference shown": "#9a9a9a"}
+
+
+def draw(result: Mapping[str, Any]) -> bytes:
+    """A PNG: each arm's speed against the baseline with its interval over the band that the twin leaves open, and the
+    curves where arms were trained."""
+    from matplotlib.figure import Figure
+
+    timed = [row for row in result["arms"] if row["ratio"] is not None]
+    trained = [row for row in result["arms"] if row["training"] is not None]
+    figure = Figure(figsize=(9, 1.6 + 0.4 * len(timed) + (3.6 if trained else 0)), dpi=120, layout="constrained")
+    panels = figure.subplots(2 if trained else 1, 1, squeeze=False, height_ratios=[1.0, 2.0] if trained else None)[:, 0]
+    axes = panels[0]
+    for row in timed:
+        ratio = {k: 100 * (row["ratio"][k] - 1) for k in ("median", "low", "high")}
+        error = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
+        axes.barh(row["name"], ratio["median"], xerr=error, color=COLOURS[row["verdict"]], capsize=3, height=0.6)
+    half = 100 * result["resolution"]
+    if half:
+        axes.axvspan(-half, half, color="#dddddd", alpha=0.6, zorder=0, label="not told from none")
+        axes.legend(frameon=False, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0.0, color="#222222", linewidth=0.8)
+    axes.set_xlabel("tokens/s against the baseline, % (95 % interval)")
+    axes.set_title(title(result), fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    if trained:
+        axes = panels[1]
+        tokens = result["settings"]["B"] * result["settings"]["T"]
+        for row in trained:
+            runs = row["training"]["curves"]
+            x = [tokens * s for s in runs[0]["steps"]]
+            losses = list(zip(*(c["val_loss"] for c in runs), strict=True))
+            (line,) = axes.plot(x, [sum(v) / len(v) for v in losses], label=row["name"], linewidth=1.4)
+            axes.fill_between(x, [min(v) for v in losses], [max(v) for v in losses], color=line.get_color(), alpha=0.15)
+        axes.set_xlabel("tokens trained on")
+        axes.set_ylabel("validation loss, nats per token")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def page(result: Mapping[str, Any], picture: bytes) -> str:
+    """One HTML page that needs no other file."""
+    quote = html.escape
+    tables = []
+    for heads, rows in (cells(result), curve_cells(result)):
+        if rows:
+            head = "".join(f"<th>{quote(cell)}</th>" for cell in heads)
+            body = "\n".join("<tr>" + "".join(f"<td>{quote(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+            tables.append(f"<table>\n<tr>{head}</tr>\n{body}\n</table>")
+    notes = "\n".join(f"<li>{quote(line)}</li>" for line in remarks(result))
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .7rem;text-align:right;"
+        "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
+        "code{background:#f3f3f3;padding:.1rem .3rem}img{max-width:100%}"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{quote(title(result))}</title>\n'
+        f"<style>{style}</style>\n<h1>{quote(title(result))}</h1>\n<p>Baseline: <b>{quote(result['baseline'])}</b>. "
+        f"<code>{quote(result['command'])}</code></p>\n" + "\n".join(tables) + f"\n<ul>\n{notes}\n</ul>\n"
+        f'<p><img alt="speed of each arm against the baseline" '
+        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>\n'
+        f"<p>{quote(result['method'])}.</p>\n<p>Commit {quote(result['commit'][:10])}"
+        f"{' (modified)' if result['dirty'] else ''}, {quote(result['date'])}; {quote(versions)}.</p>\n</html>\n"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- tuning
+
+
+def ranking(result: Mapping[str, Any], op: str) -> tuple[list[str], str]:
+    """([backends of ``op`` from best to worst], evidence) from a record, or ([], why there is no order to be had).
+
+    Compared are the arms that differ from the baseline in this op alone, each with one backend at all its places. The
+    first must be faster than the baseline, or be the baseline and faster than every other.
+    """
+    arms: dict[str, Mapping[str, Any]] = {}
+    first = next(row for row in result["arms"] if row["name"] == result["baseline"])
+    for row in result["arms"]:
+        others = {k: v for k, v in row["settings"].items() if k != op}
+        backends = {line["backend"] for line in row["kernels"] if line["op"] == op}
+        if row["ratio"] is not None and len(backends) == 1 and others == {
+            k: v for k, v in first["settings"].items() if k != op
+        }:  # fmt: skip
+            arms.setdefault(backends.pop(), row)
+    if first not in arms.values() or len(arms) < 2:
+        return [], "fewer than two backends of it were timed with all else equal"
+    order = sorted(arms, key=lambda name: -arms[name]["ratio"]["median"])
+    best = arms[order[0]]
+    if best is first:
+        tied = [name for name in order[1:] if arms[name]["verdict"] != "slower"]
+        if tied:
+            return [], f"{order[0]} is the fastest, and not shown to be faster than {', '.join(tied)}"
+    elif best["verdict"] != "faster":
+        return [], f"{order[0]} is the fastest, and not shown to be faster than the baseline"
+    settings, speeds = result["settings"], []
+    for name in order:
+        ratio = arms[name]["ratio"]
+        speeds.append(f"{name} {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]")
+    mode = "compiled" if first["compiled"] else "eager"
+    evidence = (
+        f"tritium ablate, commit {result['commit'][:10]}: a step of {result['preset']}, T={settings['T']}, "
+        f"B={settings['B']}, {first['precision']}, {mode}, on {result['machine']['name']}, in the baseline's speed: "
+        + ", ".join(speeds)
+    )
+    return order[: order.index("reference")] if "reference" in order else order, evidence
+
+
+def write_tuning(result: Mapping[str, Any], op: str, path: pathlib.Path | None = None) -> str:
+    """Put the order that ``result`` shows for ``op`` into the tuning file of its kind of device, in front of what holds
+    more widely there; returns what was done, in a sentence. An entry of the same scope is replaced, all else stays.
+
+    OSError when the file cannot be written; it is written whole or not at all.
+    """
+    from tritium.kernels.op import tuning
+
+    order, evidence = ranking(result, op)
+    if not evidence or (not order and "tritium ablate" not in evidence):
+        return f"{op}: no order was written: {evidence}"
+    machine = result["machine"]
+    path = path or tuning_file(machine["device"])
+    first = next(row for row in result["arms"] if row["name"] == result["baseline"])
+    scope = {
+        "arch": machine["arch"], "op": op, "compiled": first["compiled"],
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[first["precision"]], "phase": "train",
+    }  # fmt: skip
+    entries = json.loads(path.read_text()) if path.exists() else []
+    same = [i for i, entry in enumerate(entries) if {k: v for k, v in entry.items() if k in _SCOPE} == scope]
+    new = {**scope, "order": order, "evidence": evidence}
+    if same:
+        entries[same[0]] = new
+    else:
+        entries.insert(0, new)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+    tuning.cache_clear()
+    return f"{op}: {' > '.join(order) or 'reference'} written to {path}"
+
+
+_SCOPE = ("arch", "op", "compiled", "dtype", "phase", "shape")
+
+
+def tuning_file(device: str) -> pathlib.Path:
+    """cpu.json or cuda.json: of the entries that cover a place the first decides, so a new one must stand in the same
+    file before those that hold more widely."""
+    from tritium.kernels import op
+
+    return pathlib.Path(op.__file__).parent / "tuning" / f"{device}.json"
