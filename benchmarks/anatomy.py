@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 ROW: record.Schema = {
     "row": str,
     "ms": record.NUMBER,  # of the profiled step of median length
+    "backward_ms": record.NUMBER,  # the part of it in backward
     "share": record.NUMBER,  # of the step
     "roofline_ms": (*record.NUMBER, type(None)),  # at this device's measured rates; null where no work is defined
     "fraction": (*record.NUMBER, type(None)),  # roofline_ms / ms
@@ -143,59 +144,66 @@ def _by_range(events: Sequence[Event], i: int) -> str | None:
     return row
 
 
-def cpu_rows(events: Sequence[Event]) -> dict[str, dict[str, float]]:
-    """Row → name → milliseconds, by each event's own time: what no event inside it covers."""
+Times = dict[str, dict[tuple[str, bool], float]]  # row → (name, whether in backward) → milliseconds
+
+
+def _in_backward(events: Sequence[Event]) -> list[bool]:
+    found: list[bool] = []
+    for event in events:  # a parent comes before what is in it
+        found.append(event.backward or (event.parent >= 0 and found[event.parent]))
+    return found
+
+
+def cpu_rows(events: Sequence[Event]) -> Times:
+    """The time of every row and name, by each event's own time: what no event inside it covers."""
     own = [event.end - event.start for event in events]
     for event in events:
         if event.parent >= 0:
             own[event.parent] -= event.end - event.start
-    found: dict[str, dict[str, float]] = {}
-    for event, row, us in zip(events, rows_of(events), own, strict=True):
+    found: Times = {}
+    for event, row, us, backward in zip(events, rows_of(events), own, _in_backward(events), strict=True):
         names = found.setdefault(row, {})
-        names[event.name] = names.get(event.name, 0.0) + us / 1e3
+        names[event.name, backward] = names.get((event.name, backward), 0.0) + us / 1e3
     return found
 
 
 def device_rows(
     events: Sequence[Event], timeline: Sequence[tuple[str, float, float]], start: float, end: float
-) -> dict[str, dict[str, float]]:
+) -> Times:
     """The same for a GPU. events: the host's, whose ``kernels`` give each kernel its row; timeline: (name, start, end)
     of everything that ran on the device between ``start`` and ``end``, in microseconds. Where streams overlap, a moment
-    counts for the row that began first; communication only where it is alone."""
-    by_name: dict[str, collections.Counter[str]] = {}
-    for event, row in zip(events, rows_of(events), strict=True):
+    counts for the row that began first; communication only where it is alone. While the host waits for data, an idle
+    device waits for it too: that is no gap."""
+    launched: dict[str, collections.Counter[tuple[str, bool]]] = {}
+    for event, row, backward in zip(events, rows_of(events), _in_backward(events), strict=True):
         for name, us in event.kernels:
-            by_name.setdefault(name, collections.Counter())[row] += max(us, 1e-3)  # type: ignore[assignment]
-    found: dict[str, dict[str, float]] = {}
+            launched.setdefault(name, collections.Counter())[row, backward] += max(us, 1e-3)  # type: ignore[assignment]
+    found: Times = {}
 
-    def add(row: str, name: str, us: float) -> None:
+    def add(row: str, name: str, us: float, backward: bool = False) -> None:
         if us > 0:
             names = found.setdefault(row, {})
-            names[name] = names.get(name, 0.0) + us / 1e3
+            names[name, backward] = names.get((name, backward), 0.0) + us / 1e3
 
-    computing = sorted((s, e, n) for n, s, e in timeline if classify(n) != "communication")
     covered: list[tuple[float, float]] = []
     at = start
-    for s, e, name in computing:
+    for s, e, name in sorted((s, e, n) for n, s, e in timeline if classify(n) != "communication"):
         us = e - max(s, at)
         if us > 0:
             covered.append((max(s, at), e))
-        shares = by_name.get(name)
-        row = classify(name)
-        if row is None and shares:
-            row = max(shares, key=lambda r: shares[r])
-            row = None if row == "gaps" else row
-        add(row or ("elementwise" if ELEMENTWISE.search(name) else "other"), name, us)
+        by = launched.get(name, collections.Counter({("gaps", False): 1.0}))
+        row, backward = max(by, key=lambda key: by[key])
+        if row == "gaps":  # the host does not say: the kernel's own name
+            row = "elementwise" if ELEMENTWISE.search(name) else "other"
+        add(classify(name) or row, name, us, backward)
         at = max(at, e)
     alone = _uncovered(sorted((s, e) for n, s, e in timeline if classify(n) == "communication"), covered)
     add("communication", "exposed", alone)
-    add("gaps", "idle", (end - start) - sum(e - s for s, e in covered) - alone)
-    data = {row: sum(e.end - e.start for e in events if RANGES.get(e.name) == row) for row in ("data wait",)}
-    for row, us in data.items():  # the host waits; the device idles meanwhile
-        waited = min(us / 1e3, found.get("gaps", {}).get("idle", 0.0))
-        add(row, "wait", 1e3 * waited)
-        if waited:
-            found["gaps"]["idle"] -= waited
+    idle = (end - start) - sum(e - s for s, e in covered) - alone
+    wait = [(e.start, e.end) for e in events if RANGES.get(e.name) == "data wait"]
+    waited = min(_uncovered(sorted(wait), covered), max(idle, 0.0))
+    add("data wait", "wait", waited)
+    add("gaps", "idle", idle - waited)
     return found
 
 
@@ -260,12 +268,10 @@ def _marked(training: Training) -> Iterator[None]:
             site.function = function
 
 
-def profile(
-    training: Training, source: Callable[[], MicroBatch], steps: int = 5
-) -> tuple[dict[str, float], float, dict[str, dict[str, float]]]:
+def profile(training: Training, source: Callable[[], MicroBatch], steps: int = 5) -> tuple[Times, float]:
     """Train ``steps`` steps on the batches that ``source`` hands out (on the host) under the profiler.
 
-    Returns row → ms, the step's own ms, and row → name → ms: of the step of median length.
+    Returns its times and its own milliseconds, of the step of median length.
     """
     import torch
 
@@ -290,8 +296,7 @@ def profile(
                 one()
     marks = sorted(_steps(seen.events()), key=lambda step: step[1] - step[0])
     start, end, events, timeline = marks[len(marks) // 2]  # of one step, so that the rows add up to it
-    names = device_rows(events, timeline, start, end) if cuda else cpu_rows(events)
-    return {row: sum(names.get(row, {}).values()) for row in ROWS}, (end - start) / 1e3, names
+    return device_rows(events, timeline, start, end) if cuda else cpu_rows(events), (end - start) / 1e3
 
 
 def _steps(
@@ -350,13 +355,17 @@ def roofline(training: Training, B: int, T: int, matmul: float, copy: float) -> 
     heads = _heads(training)
     for path, site in call_sites([engine.model, engine.optimizer]):
         op, cases = site.op, site.op.cases
-        if op.updates or not op.has_gradient:
-            continue
+        if (
+            op.updates
+            or not op.has_gradient
+            or (op.name == "linear" and path.endswith("head") and engine.config.model.fused_loss)
+        ):
+            continue  # the last: for generation only, training has it inside linear_cross_entropy
         letters = {letter for case in cases.CASES for letter in case.shape}
         if letters >= {"B", "T"}:  # an op whose cases have rows either way
             letters.discard("N")
         shape = {k: v for k, v in {**known, **heads, **site.shape}.items() if k in letters}
-        if path.endswith("qk_norm"):  # one site for the heads of q and of k
+        if op.name == "rms_norm" and path.endswith("attention"):  # QK-norm: one site for the heads of q and of k
             shape["N"] = B * T * (heads["H"] + heads["G"])
         if not letters <= shape.keys():
             continue
@@ -400,21 +409,21 @@ def copy_rate(device: str, seconds: float = 0.3) -> float:
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def table(
-    rows: Mapping[str, float], wall_ms: float, best: Mapping[str, float], names: Mapping[str, Mapping[str, float]]
-) -> list[dict[str, Any]]:
-    """The record's rows (:data:`ROW`), largest first, gaps and other last; rows without time are left out."""
-    order = sorted((r for r in rows if rows[r] > 0), key=lambda r: (r in ("gaps", "other"), -rows[r]))
-    return [
-        {
-            "row": row, "ms": rows[row], "share": rows[row] / wall_ms,
-            "roofline_ms": best.get(row), "fraction": best[row] / rows[row] if row in best else None,
-            "top": [
-                {"name": name[:100], "ms": ms} for name, ms in sorted(names[row].items(), key=lambda kv: -kv[1])[:3]
-            ],
-        }
-        for row in order
-    ]  # fmt: skip
+def table(times: Times, wall_ms: float, best: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The record's rows (:data:`ROW`), largest first, gaps and other last. best: row → least ms."""
+    total = {row: sum(times.get(row, {}).values()) for row in ROWS}
+    found = []
+    for row in sorted(filter(total.get, total), key=lambda r: (r in ("gaps", "other"), -total[r])):
+        names: dict[str, float] = {}
+        for (name, _), ms in times[row].items():
+            names[name] = names.get(name, 0.0) + ms
+        found.append({
+            "row": row, "ms": total[row], "share": total[row] / wall_ms,
+            "backward_ms": sum(ms for (_, backward), ms in times[row].items() if backward),
+            "roofline_ms": best.get(row), "fraction": best[row] / total[row] if row in best else None,
+            "top": [{"name": name[:100], "ms": names[name]} for name in sorted(names, key=lambda n: -names[n])[:3]],
+        })  # fmt: skip
+    return found
 
 
 def checks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -429,13 +438,12 @@ def checks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for a terminal."""
-    lines = [f"{'where a step goes':<18}{'ms':>10}{'share':>8}{'at best':>10}{'of it':>7}  most of it"]
+    lines = [f"{'where a step goes':<18}{'ms':>10}{'share':>8}{'backward':>10}{'at best':>10}{'of it':>7}  most of it"]
     for row in rows:
-        best = (
-            f"{row['roofline_ms']:>10.2f}{100 * row['fraction']:>6.0f}%" if row["roofline_ms"] is not None else " " * 17
-        )
+        best = f"{row['roofline_ms']:>10.2f}{100 * row['fraction']:>6.0f}%" if row["roofline_ms"] is not None else ""
         top = ", ".join(f"{t['name'][:44]} {t['ms']:.1f}" for t in row["top"][:1])
-        lines.append(f"{row['row']:<18}{row['ms']:>10.2f}{100 * row['share']:>7.1f}%{best}  {top}")
+        share = f"{100 * row['share']:>7.1f}%"
+        lines.append(f"{row['row']:<18}{row['ms']:>10.2f}{share}{row['backward_ms']:>10.2f}{best:>17}  {top}")
     return "\n".join(lines)
 
 
@@ -456,17 +464,18 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, path: pathlib.Path) -> N
     whole = sum(row["ms"] for row in rows)
     for row in rows:
         colour = COLOURS[row["row"]]
+        label = f"{row['row']}  {row['ms']:.1f} ms, {100 * row['share']:.0f} %" if row["share"] > 0.0005 else None
         axes.barh("measured", row["ms"], left=left["measured"], color=colour, edgecolor="white", linewidth=0.6,
-                  label=f"{row['row']}  {row['ms']:.1f} ms, {100 * row['share']:.0f} %")  # fmt: skip
+                  label=label)  # fmt: skip
         if row["share"] > 0.06:
-            axes.text(left["measured"] + row["ms"] / 2, "measured", row["row"], ha="center", va="center",
+            axes.text(left["measured"] + row["ms"] / 2, 0, row["row"], ha="center", va="center",
                       color="white", fontsize=8)  # fmt: skip
         left["measured"] += row["ms"]
         if row["roofline_ms"] is not None:
             axes.barh("at best", row["roofline_ms"], left=left["at best"], color=colour, edgecolor="white",
                       linewidth=0.6)  # fmt: skip
             left["at best"] += row["roofline_ms"]
-    axes.text(left["at best"] + 0.01 * whole, "at best", f"{left['at best']:.1f} ms", va="center", fontsize=8)
+    axes.text(left["at best"] + 0.01 * whole, 1, f"{left['at best']:.1f} ms", va="center", fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("ms")
     axes.set_title(title, fontsize=10)

@@ -224,17 +224,14 @@ def flops_done(training: Training, B: int, T: int) -> int:
 class Compiled:
     """What torch.compile has done in this process so far."""
 
-    graphs: int
+    graphs: int  # a graph that is compiled again counts again
     breaks: int
-    frames: int
 
     @staticmethod
     def now() -> Compiled:
         from torch._dynamo.utils import counters
 
-        return Compiled(
-            counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), counters["frames"]["total"]
-        )
+        return Compiled(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
 
 
 # ---------------------------------------------------------------------------------------------------------- the record
@@ -300,7 +297,7 @@ def bench(
         done = Compiled.now()
         losses.append(last[0].item())
         rows = _anatomy(training, batches, rate, picture, config.name) if anatomy else []
-    recompiled = done.frames - between.frames
+    recompiled = done.graphs - between.graphs
     compile_s = max(first_step_s - samples["step"].median_ms / 1e3, 0.0) if training.engine.compiled else 0.0
     per_token = {c: metrics.flops_per_token(config.model, T, c) for c in ("full", "causal")}  # type: ignore[arg-type]
     executed, uncounted = _executed(training, B, T)
@@ -326,7 +323,7 @@ def bench(
                 shares = [1e3 * B * T * flops / t / divisor for t in ms]
                 figures.append(record.figure(f"{name} of {against}", "fraction", "higher", shares))
     checks = [
-        record.check("nothing compiled after the warm-up", recompiled == 0, f"{recompiled} frames"),
+        record.check("nothing compiled after the warm-up", recompiled == 0, f"{recompiled} graphs"),
         record.check("no graph break", done.breaks == before.breaks, f"{done.breaks - before.breaks}"),
         record.check("finite losses", all(map(math.isfinite, losses)), f"first and last {losses[0]:g}, {losses[-1]:g}"),
         record.check("FLOPs that are done were counted", executed is not None, uncounted),
@@ -388,9 +385,9 @@ def _anatomy(
 
     turn = itertools.cycle([MicroBatch(ids, targets) for ids, targets in batches])
     B, T = batches[0][0].shape
-    rows, wall_ms, names = anatomy.profile(training, lambda: next(turn))
+    times, wall_ms = anatomy.profile(training, lambda: next(turn))
     best = anatomy.roofline(training, B, T, matmul, anatomy.copy_rate(training.world.device.type))
-    table = anatomy.table(rows, wall_ms, best, names)
+    table = anatomy.table(times, wall_ms, best)
     if picture is not None:
         anatomy.draw(table, f"{name}, T={T}, B={B}: where a training step of {wall_ms:.0f} ms goes", picture)
     return table

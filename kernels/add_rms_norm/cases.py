@@ -20,8 +20,9 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int
     found = rms_norm.inputs(case, dtype, device, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     residual = rms_norm.values(torch.randn(*rms_norm.leading(case), case.shape["C"], generator=generator), case)
-    residual = fitting(residual.to(device, dtype), found["x"])
-    return {"x": found.pop("x"), "residual": residual.requires_grad_(), **found}
+    x = found.pop("x")
+    assert isinstance(x, torch.Tensor)
+    return {"x": x, "residual": fitting(residual.to(device, dtype), x).requires_grad_(), **found}
 
 
 def _elements(case: Case) -> int:

@@ -1,0 +1,241 @@
+"""Where a step's time goes: names of real kernels, made-up timelines, and costs put where they must be found."""
+
+import dataclasses
+import itertools
+import json
+import sys
+import time
+import types
+
+import pytest
+import torch
+
+from tritium.benchmarks import anatomy, ours, peers
+from tritium.benchmarks.anatomy import Event
+from tritium.engine.config import Config, GPTConfig, TrainConfig
+from tritium.engine.step import MicroBatch
+from tritium.kernels.layer_norm import reference
+
+MODEL = GPTConfig(vocab_size=300, block_size=128, n_layer=2, n_head=4, n_embd=256)
+CONFIG = Config(name="few", model=MODEL, train=TrainConfig(precision="fp32", compile="false"))
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("aten::addmm", "GEMM"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "GEMM"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128_32x3_tn_align8>", "GEMM"),
+        ("tritium::linear_triton", "GEMM"),
+        ("flash_fwd_kernel", "attention"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("triton_per_fused_native_layer_norm_backward_12", "norm"),
+        ("graph_0_cpp_fused_add_mean_mul_pow_rsqrt_view_5", "norm"),
+        ("graph_0_cpp_fused_add_div_expand_mul_pow_sum_view_5", "norm"),
+        ("graph_0_cpp_fused_pow_relu_view_3", "activation"),
+        ("triton_poi_fused_gelu_3", "activation"),
+        ("graph_0_cpp_fused_add_cat_mul_neg_slice_slice_backward_unsqueeze_4", "position"),
+        ("tritium::linear_cross_entropy_native", "loss"),
+        ("aten::nll_loss_forward", "loss"),
+        ("aten::embedding_dense_backward", "embedding"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+        ("Memcpy HtoD (Pinned -> Device)", "host to device"),
+        ("tritium::adamw_triton", "optimizer"),
+        ("aten::add_", None),
+        ("## Call CompiledFxGraph abc ##", None),
+    ],
+)
+def test_a_name_says_its_row(name, row):
+    assert anatomy.classify(name) == row
+
+
+def ms(times, row):
+    return sum(times.get(row, {}).values())
+
+
+def test_own_time_of_nested_events_adds_up():
+    events = [
+        Event("tritium::step", 0, 100),
+        Event("tritium::data", 0, 10, 0),
+        Event("tritium::op::rms_norm", 10, 40, 0),
+        Event("aten::mul", 12, 30, 2, sequence=7),
+        Event("aten::mm", 40, 60, 0),
+        Event("autograd::engine::evaluate_function: MulBackward0", 60, 80, 0, sequence=7, backward=True),
+        Event("aten::mul", 62, 78, 5, sequence=9),
+        Event("aten::add", 80, 85, 0),
+        Event("something of a user's", 85, 95, 0),
+    ]
+    times = anatomy.cpu_rows(events)
+    got = {row: ms(times, row) * 1e3 for row in times}
+    assert got == {"gaps": 5, "data wait": 10, "norm": 50, "GEMM": 20, "elementwise": 5, "other": 10}
+    rows = {row["row"]: row for row in anatomy.table(times, 0.1, {"norm": 0.02})}
+    assert rows["norm"]["backward_ms"] == pytest.approx(0.02)
+    assert rows["norm"]["fraction"] == pytest.approx(0.4)
+    failed = [check["name"] for check in anatomy.checks(list(rows.values())) if not check["ok"]]
+    assert failed == ["other is at most 5 % of the step"]
+
+
+def test_a_product_inside_an_op_is_attentions_own_or_a_gemm():
+    for op, row in (("attention", "attention"), ("linear_cross_entropy", "GEMM"), ("linear", "GEMM")):
+        times = anatomy.cpu_rows([Event(f"tritium::op::{op}", 0, 10), Event("aten::mm", 0, 10, 0)])
+        assert ms(times, row) == pytest.approx(0.01)
+
+
+HOST = [
+    Event("tritium::step", 0, 100),
+    Event("tritium::data", 0, 12, 0),
+    Event("tritium::op::layer_norm", 12, 20, 0, kernels=(("mystery_kernel", 30.0),)),
+    Event("aten::add", 20, 22, 0, kernels=(("vectorized_elementwise_kernel", 5.0),)),
+]
+
+
+def test_a_devices_timeline_becomes_rows_gaps_and_exposed_communication():
+    timeline = [
+        ("Memcpy HtoD (Pageable -> Device)", 10, 14),
+        ("mystery_kernel", 20, 50),
+        ("nvjet_tst_128", 45, 60),  # 5 of it beside the last one, on another stream
+        ("ncclDevKernel_AllReduce", 55, 75),  # 5 beside a product, 5 beside the next kernel
+        ("vectorized_elementwise_kernel", 70, 75),
+        ("nobody_knows", 90, 95),
+    ]
+    times = anatomy.device_rows(HOST, timeline, 0, 100)
+    got = {row: round(ms(times, row) * 1e3, 6) for row in times}
+    assert got == {
+        "data wait": 10, "host to device": 4, "norm": 30, "GEMM": 10, "communication": 10, "elementwise": 5,
+        "other": 5, "gaps": 26,
+    }  # fmt: skip
+    assert sum(got.values()) == 100
+
+
+def test_communication_that_is_hidden_costs_nothing():
+    times = anatomy.device_rows(HOST[:1], [("nvjet", 0, 100), ("ncclDevKernel", 10, 90)], 0, 100)
+    assert {row: ms(times, row) for row in times} == {"GEMM": 0.1}
+
+
+# ------------------------------------------------------------------------------------------------------- a real profile
+
+
+@pytest.fixture(scope="module")
+def twice():
+    """A layer_norm that computes everything twice, forward and backward: ours to find."""
+    module = types.ModuleType("norm_twice")
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, eps):
+            ctx.save_for_backward(x, weight, bias)
+            ctx.eps = eps
+            reference.layer_norm(x, weight, bias, eps)
+            return reference.layer_norm(x, weight, bias, eps)
+
+        @staticmethod
+        def backward(ctx, dy):
+            for _ in range(2):
+                args = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+                with torch.enable_grad():
+                    y = reference.layer_norm(*args, ctx.eps)
+                found = torch.autograd.grad(y, args, dy)
+            return (*found, None)
+
+    class Once(Twice):
+        pass
+
+    def layer_norm(x, weight, bias=None, eps=1e-5):
+        return Twice.apply(x, weight, bias, eps)
+
+    module.layer_norm = layer_norm
+    sys.modules["norm_twice"] = package = types.ModuleType("norm_twice")
+    package.backend = module
+    sys.modules["norm_twice.backend"] = module
+    module.__file__ = __file__
+    yield "norm_twice.backend"
+    del sys.modules["norm_twice"], sys.modules["norm_twice.backend"]
+
+
+def training(norm="reference"):
+    config = CONFIG.replace(kernels={"default": "reference"} | ({"layer_norm": norm} if norm != "reference" else {}))
+    return ours.build(config, "cpu", 8)
+
+
+def source(sleep_s=0.0):
+    batches = itertools.cycle([MicroBatch(*b) for b in peers.batches(MODEL, 8, 128, 4, "cpu")])
+
+    def take():
+        time.sleep(sleep_s)
+        return next(batches)
+
+    return take
+
+
+def test_a_planted_wait_for_data_lands_in_its_row():
+    trained = training()
+    times, _ = anatomy.profile(trained, source(0.020))
+    assert ms(times, "data wait") == pytest.approx(20.0, rel=0.1)
+    times, wall_ms = anatomy.profile(trained, source())
+    assert ms(times, "data wait") < 1.0
+    rows = anatomy.table(times, wall_ms, anatomy.roofline(trained, 8, 128, 1e12, 1e10))
+    assert all(check["ok"] for check in anatomy.checks(rows))
+    found = {row["row"] for row in rows}
+    assert found >= {"GEMM", "attention", "norm", "activation", "loss", "embedding", "elementwise", "optimizer", "gaps"}
+    assert all(
+        row["roofline_ms"] is not None for row in rows if row["row"] in ("GEMM", "attention", "norm", "optimizer")
+    )
+
+
+def forward_ms(times, row):
+    return sum(value for (_, backward), value in times[row].items() if not backward)
+
+
+def test_a_norm_that_computes_twice_is_twice_its_row_and_nothing_elses(twice):
+    """The shortest of several profiles, in turn: what else the machine does only ever lengthens one."""
+    arms = {"once": training(), "twice": training(twice)}
+    best = {name: {} for name in arms}
+    for _ in range(6):
+        for name, trained in arms.items():
+            times, _ = anatomy.profile(trained, source(), steps=3)
+            for row in ("norm", "GEMM", "activation"):
+                best[name][row] = min(best[name].get(row, 1e9), forward_ms(times, row))
+    assert best["twice"]["norm"] / best["once"]["norm"] == pytest.approx(2.0, rel=0.1)
+    assert best["twice"]["GEMM"] / best["once"]["GEMM"] == pytest.approx(1.0, rel=0.15)
+    assert best["twice"]["activation"] / best["once"]["activation"] == pytest.approx(1.0, rel=0.15)
+
+
+def test_marks_are_gone_afterwards():
+    trained = training()
+    before = [site.function for _, site in anatomy_sites(trained)]
+    anatomy.profile(trained, source(), steps=1)
+    assert [site.function for _, site in anatomy_sites(trained)] == before
+    assert "step" not in vars(trained.engine.optimizer)
+
+
+def anatomy_sites(trained):
+    from tritium.kernels.op import call_sites
+
+    return list(call_sites([trained.engine.model, trained.engine.optimizer]))
+
+
+def test_the_picture_is_drawn(tmp_path):
+    rows = anatomy.table(anatomy.cpu_rows(HOST), 0.1, {"norm": 0.001})
+    anatomy.draw(rows, "a step", tmp_path / "deep" / "a.png")
+    assert (tmp_path / "deep" / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert "norm" in anatomy.text(rows)
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_roofline_of_gpt2_124m_is_the_hand_computed_one():
+    """N = 2·256 tokens, 12 layers of 12·768² weights and a head of 768·50304, 6 FLOPs a weight and token; attention's
+    two products over half a square, 4·T·768 a token, 2.5 times that backward (the scores are computed again)."""
+    config = Config(model=dataclasses.replace(GPTConfig(), vocab_size=50257))
+    with torch.device("meta"):
+        from tritium.engine.model import GPT
+        from tritium.engine.optim import AdamW
+
+        model = GPT(config.model)
+        engine = types.SimpleNamespace(
+            model=model, optimizer=AdamW(model, config.optim, {}), dtype=torch.float32, config=config
+        )
+    found = anatomy.roofline(types.SimpleNamespace(engine=engine), 2, 256, matmul=1e12, copy=1e15)
+    N = 512
+    assert found["GEMM"] == pytest.approx(1e3 * N * 6 * (12 * 12 * 768**2 + 768 * 50304) / 1e12, rel=0.01)
+    assert found["attention"] == pytest.approx(1e3 * 12 * N * 4 * 256 * 768 / 2 * 3.5 / 1e12, rel=0.01)
