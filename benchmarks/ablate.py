@@ -859,7 +859,7 @@ class _Run:
             r.rounds,
             lambda done: r.say(f"round {done} of {r.rounds}"),
         )
-        self.recompiled += Compiled.now().graphs - before.frames
+        self.recompiled += Compiled.now().graphs - before.graphs
         baseline = samples[r.arms[0].name]
         if twin is not None:
             self.twins.append(timing.speedup(samples.pop(""), baseline, level=TWIN_LEVEL))

@@ -1195,6 +1195,7 @@ def _check_speed(
 
 
 BENCHMARKS: dict[str, tuple[str, str]] = {  # what → (about, module of tritium.benchmarks)
+    "train": ("tokens/s, utilisation, memory and anatomy of training a preset", "training"),
     "peers": ("a preset against other implementations of the same model", "throughput"),
     "kernels": ("every op, backend by backend", "kernels"),
 }
@@ -1207,17 +1208,23 @@ def _bench(argv: list[str]) -> int:
         lines = "\n".join(f"  {name:<{width}}  {about}" for name, (about, _) in BENCHMARKS.items())
         print(
             f"usage: {command()} bench WHAT ...\n\n{lines}\n\n{command()} bench WHAT --help explains one. "
-            f"To begin: {command()} bench peers tiny",
+            f"To begin: {command()} bench train tiny",
             file=sys.stdout if what else sys.stderr,
         )
         return 0 if what else 2
     if what not in BENCHMARKS:
-        hint = f"; did you mean `{command()} bench peers {what}`?" if what in presets.names() else ""
+        hint = f"; did you mean `{command()} bench train {what}`, or `peers`?" if what in presets.names() else ""
         raise UsageError(
             f"there is no benchmark {what!r}{hint or '; the nearest are ' + _nearest(what, BENCHMARKS)}. "
             f"All: {command()} bench --help"
         )
     return importlib.import_module(f"tritium.benchmarks.{BENCHMARKS[what][1]}").main(argv[1:])
+
+
+def _ablate(argv: list[str]) -> int:
+    from tritium.benchmarks import ablate
+
+    return ablate.main(argv)
 
 
 VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
@@ -1227,7 +1234,8 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "evaluate": ("loss, perplexity and bits per byte of a trained model", _evaluate),
     "export": ("write a trained model as GPT-2 safetensors for transformers", _export),
     "kernels": ("which backends can compute each op here, and why not; check one", _kernels),
-    "bench": ("measure: a preset against other implementations, kernels", _bench),
+    "bench": ("measure: training a preset, against other implementations too; kernels", _bench),
+    "ablate": ("what each choice of kernel or setting is worth: speed, memory, loss", _ablate),
 }
 
 if __name__ == "__main__":

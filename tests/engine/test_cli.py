@@ -37,7 +37,7 @@ def test_help_and_mistakes_load_no_torch():
 def test_overview_names_every_verb(tritium):
     status, out, _ = tritium("--help")
     assert status == 0
-    for verb in ("train", "prepare", "sample", "evaluate", "kernels", "bench", "export"):
+    for verb in ("train", "prepare", "sample", "evaluate", "kernels", "bench", "ablate", "export"):
         assert re.search(rf"^  {verb} +\w", out, re.M), verb
     assert tritium()[0] == 2
     assert tritium("--version")[1].startswith("tritium ")
@@ -58,7 +58,7 @@ def test_train_help_shows_field_type_default_and_meaning(tritium, monkeypatch):
 BENCHMARKS = [f"bench {name}" for name in cli.BENCHMARKS]
 
 
-@pytest.mark.parametrize("verb", ["prepare", "sample", "evaluate", "export", "kernels", "bench", *BENCHMARKS])
+@pytest.mark.parametrize("verb", ["prepare", "sample", "evaluate", "export", "kernels", "bench", "ablate", *BENCHMARKS])
 def test_every_verb_explains_itself(tritium, verb):
     status, out, _ = tritium(*verb.split(), "--help")
     assert status == 0
@@ -123,7 +123,7 @@ def test_every_command_of_the_readme_is_understood():
         (["prepare", "x.txt", "--tokeniser", "bytes"], ["--tokenizer"]),
         (["kernels", "tinny"], ["tiny"]),
         (["bench", "kernel"], ["kernels", "All:"]),
-        (["bench", "tiny"], ["bench peers tiny"]),
+        (["bench", "tiny"], ["bench train tiny", "peers"]),
         (["kernels", "check", "native", "--op", "layernorm"], ["layer_norm", "add_layer_norm", "rms_norm"]),
     ],
 )

@@ -134,7 +134,9 @@ def test_the_installed_wheel_computes_natively_wherever_it_is_called_from(instal
 
 def test_the_installed_command_lists_its_verbs(installed, tmp_path):
     said = run(installed.parent / "tritium", "--help", cwd=tmp_path)
-    assert all(verb in said for verb in ("train", "prepare", "sample", "evaluate", "kernels", "bench", "export"))
+    assert all(
+        verb in said for verb in ("train", "prepare", "sample", "evaluate", "kernels", "bench", "ablate", "export")
+    )
 
 
 def test_the_source_distribution_can_build_it_all(tmp_path):
