@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tritium.engine.config import Config
+
 # ------------------------------------------------------------------------------------------------------------- results
 
 
@@ -224,19 +226,21 @@ def page(result: Mapping[str, Any], picture: bytes) -> str:
 
 
 def ranking(result: Mapping[str, Any], op: str) -> tuple[list[str], str]:
-    """([backends of ``op`` from best to worst], evidence) from a record, or ([], why there is no order to be had).
+    """([backends of ``op`` from best to worst], evidence) from a record, or ([], why there is no order to be had). The
+    reference is the last: it serves every place.
 
     Compared are the arms that differ from the baseline in this op alone, each with one backend at all its places. The
     first must be faster than the baseline, or be the baseline and faster than every other.
     """
     arms: dict[str, Mapping[str, Any]] = {}
     first = next(row for row in result["arms"] if row["name"] == result["baseline"])
+
+    def else_(row: Mapping[str, Any]) -> dict[str, str]:
+        return {k: v for k, v in row["settings"].items() if k not in (op, f"kernels.{op}")}
+
     for row in result["arms"]:
-        others = {k: v for k, v in row["settings"].items() if k != op}
         backends = {line["backend"] for line in row["kernels"] if line["op"] == op}
-        if row["ratio"] is not None and len(backends) == 1 and others == {
-            k: v for k, v in first["settings"].items() if k != op
-        }:  # fmt: skip
+        if row["ratio"] is not None and len(backends) == 1 and else_(row) == else_(first):
             arms.setdefault(backends.pop(), row)
     if first not in arms.values() or len(arms) < 2:
         return [], "fewer than two backends of it were timed with all else equal"
@@ -258,42 +262,56 @@ def ranking(result: Mapping[str, Any], op: str) -> tuple[list[str], str]:
         f"B={settings['B']}, {first['precision']}, {mode}, on {result['machine']['name']}, in the baseline's speed: "
         + ", ".join(speeds)
     )
-    return order[: order.index("reference")] if "reference" in order else order, evidence
+    return order[: order.index("reference") + 1] if "reference" in order else order, evidence
 
 
-def write_tuning(result: Mapping[str, Any], op: str, path: pathlib.Path | None = None) -> str:
+def write_tuning(result: Mapping[str, Any], op: str, baseline: Config) -> str:
     """Put the order that ``result`` shows for ``op`` into the tuning file of its kind of device, in front of what holds
     more widely there; returns what was done, in a sentence. An entry of the same scope is replaced, all else stays.
 
-    OSError when the file cannot be written; it is written whole or not at all.
+    baseline: the configuration that the order was measured in; ``auto`` must now choose the first of it there, or the
+    file is as before and RuntimeError says so. OSError when the file cannot be written.
     """
+    from tritium.benchmarks import ablate
     from tritium.kernels.op import tuning
 
     order, evidence = ranking(result, op)
-    if not evidence or (not order and "tritium ablate" not in evidence):
+    if not order:
         return f"{op}: no order was written: {evidence}"
     machine = result["machine"]
-    path = path or tuning_file(machine["device"])
     first = next(row for row in result["arms"] if row["name"] == result["baseline"])
+    path = tuning_file(machine["device"])
     scope = {
         "arch": machine["arch"], "op": op, "compiled": first["compiled"],
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[first["precision"]], "phase": "train",
     }  # fmt: skip
-    entries = json.loads(path.read_text()) if path.exists() else []
-    same = [i for i, entry in enumerate(entries) if {k: v for k, v in entry.items() if k in _SCOPE} == scope]
-    new = {**scope, "order": order, "evidence": evidence}
-    if same:
-        entries[same[0]] = new
-    else:
-        entries.insert(0, new)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    before = path.read_text() if path.exists() else "[]"
+    entries = json.loads(before)
+    same = [i for i, entry in enumerate(entries) if {k: v for k, v in entry.items() if k in SCOPE} == scope]
+    for i in reversed(same):
+        del entries[i]
+    entries.insert(same[0] if same else 0, {**scope, "order": order, "evidence": evidence})
+    _replace(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
     tuning.cache_clear()
-    return f"{op}: {' > '.join(order) or 'reference'} written to {path}"
+    rows = ablate.planned(baseline.replace(kernels={op: "auto"}), machine["device"])
+    picked = {row.backend for row in rows if row.op == op and row.phase == "train"}
+    if picked != {order[0]}:
+        _replace(path, before)
+        tuning.cache_clear()
+        raise RuntimeError(
+            f"{op}: with the new order auto would choose {', '.join(sorted(picked))} and not {order[0]}, so {path} was "
+            "left as it was; another entry decides there first"
+        )
+    return f"{op}: {' > '.join(order)} written to {path}"
 
 
-_SCOPE = ("arch", "op", "compiled", "dtype", "phase", "shape")
+SCOPE = ("arch", "op", "compiled", "dtype", "phase", "shape")  # of kernels.op.Tuned: where an entry holds
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def tuning_file(device: str) -> pathlib.Path:
@@ -301,4 +319,4 @@ def tuning_file(device: str) -> pathlib.Path:
     file before those that hold more widely."""
     from tritium.kernels import op
 
-    return pathlib.Path(op.__file__).parent / "tuning" / f"{device}.json"
+    return op._FOLDER / "tuning" / f"{device}.json"

@@ -1,0 +1,625 @@
+"""``tritium ablate`` from the command line to the record, on a model of a few thousand parameters, and what it must
+find: a planted 5 % of a step, a planted gradient × 1.02, a planted breach of the contract."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.machinery
+import inspect
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+
+from tritium.benchmarks import ablate, ablate_results, curves, record, timing
+from tritium.engine import presets
+from tritium.engine.config import Config, GPTConfig, KernelsConfig, OptimConfig, TrainConfig
+from tritium.kernels import op as contract
+from tritium.kernels import ops
+
+MODEL = GPTConfig(vocab_size=300, block_size=32, n_layer=1, n_head=2, n_embd=32)
+CONFIG = Config(
+    name="few",
+    model=MODEL,
+    train=TrainConfig(precision="fp32", compile="false", batch_rows=4, micro_rows=4),
+    optim=OptimConfig(lr=1e-2, warmup_steps=0),
+    kernels=KernelsConfig(default="reference"),
+)
+SMALL = ["--T", "16", "--B", "4", "--rounds", "2"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(presets, "names", lambda: ["few", "llama_8b"])
+    monkeypatch.setattr(presets, "load", lambda name: CONFIG)
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """plant(op, function): a module planted.OP_N with ``function`` as the op, and the reference's signature."""
+    package = types.ModuleType("planted")
+    package.__spec__ = importlib.machinery.ModuleSpec("planted", None)
+    monkeypatch.setitem(sys.modules, "planted", package)
+    made = []
+
+    def plant(name, function):
+        module = types.ModuleType(f"planted.{name}_{len(made)}")
+        made.append((name, module.__name__))
+        function.__signature__ = inspect.signature(ops.OPS[name].reference)
+        setattr(module, name, function)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return module.__name__
+
+    yield plant
+    for name, module in made:
+        ops.OPS[name]._loaded.pop(module, None)
+
+
+def run(tmp_path, *words):
+    """(exit status, the record or None)"""
+    status = ablate.main(["few", *words, "--out", str(tmp_path)])
+    found = list(tmp_path.glob("ablate_*.json"))
+    return status, record.read(found[0]) if found else None
+
+
+def by_name(result):
+    return {row["name"]: row for row in result["arms"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------- axes
+
+
+@pytest.mark.parametrize(
+    ("mode", "wanted"),
+    [
+        ("grid", ["gelu=auto adamw=reference", "gelu=auto adamw=native", "gelu=reference adamw=reference",
+                  "gelu=reference adamw=native"]),
+        ("one", ["gelu=auto adamw=reference", "gelu=reference", "adamw=native"]),
+    ],
+)  # fmt: skip
+def test_the_arms_of_a_mode(mode, wanted):
+    axes = [ablate.Axis.parse("gelu=auto,reference"), ablate.Axis.parse("adamw=reference,native")]
+    arms = ablate.choices(CONFIG, axes, mode)
+    assert [arm.name for arm in arms] == wanted
+    for arm in arms:
+        assert arm.settings == {"gelu": arm.config.kernels.gelu, "adamw": arm.config.kernels.adamw}
+        assert arm.config.kernels.default == "reference"
+
+
+def test_leaving_one_out_takes_what_auto_does_not_leave_to_the_reference():
+    config = dataclasses.replace(CONFIG, kernels=KernelsConfig())
+    chosen = {row.op for row in ablate.planned(config, "cpu") if row.phase == "train" and row.backend != "reference"}
+    arms = ablate.left_out(config, [], "cpu")
+    assert chosen
+    assert [arm.name for arm in arms] == ["all", *(f"{op}=reference" for arm in arms[1:] for op in arm.settings)]
+    assert {op for arm in arms[1:] for op in arm.settings} == chosen
+    assert arms[0].config == config
+    assert arms[1].config.kernels.choices() == {"*": "auto", **arms[1].settings}
+    assert [arm.name for arm in ablate.left_out(config, ["adamw"], "cpu")] == ["all", "adamw=reference"]
+
+
+@pytest.mark.parametrize(
+    ("axis", "field", "typed"),
+    [
+        ("precision=bf16", "train.precision", "bf16"),
+        ("dtype=bf16", "train.precision", "bf16"),
+        ("kernels=native", "kernels.default", "native"),
+        ("kernels.gelu=triton", "kernels.gelu", "triton"),
+        ("vocab_multiple=64", "model.vocab_multiple", 64),
+        ("optim.lr=3e-3", "optim.lr", 3e-3),
+        ("tie_head=false", "model.tie_head", False),
+        ("recompute_keep=attention+linear", "train.recompute_keep", ("attention", "linear")),
+        ("blocks.0.*:attention=sdpa", "kernels.override", ("blocks.0.*:attention=sdpa",)),
+    ],
+)
+def test_an_axis_sets_its_field(axis, field, typed):
+    made = ablate.Axis.parse(axis)
+    section, _, name = field.partition(".")
+    assert made.field == field
+    found = made.apply(CONFIG, made.values[0])
+    assert getattr(getattr(found, section), name) == typed
+    assert found.replace(**{section: {name: getattr(getattr(CONFIG, section), name)}}) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fwe", "gelu=auto,reference"], "no preset 'fwe'; the nearest are few"),
+        ([], "PRESET is missing"),
+        (["few"], "no axis was given"),
+        (["few", "atention=sdpa,native"], "no axis 'atention'; the nearest are attention"),
+        (["few", "attention=sdpa,natve"], "attention has no backend 'natve'; the nearest are native"),
+        (["few", "kernels=auto,refrence"], "has no backend 'refrence'; the nearest are reference"),
+        (["few", "precision=fp32,fp61"], "one of auto, fp32, bf16, not 'fp61'"),
+        (["few", "micro_rows=4,x"], "wants a whole number, not 'x'"),
+        (["few", "gelu"], "reads NAME=VALUE,VALUE"),
+        (["few", "gelu=auto,"], "reads NAME=VALUE,VALUE"),
+        (["few", "gelu=auto,auto"], "given twice"),
+        (["few", "gelu=auto", "gelu=reference"], "an axis is given twice"),
+        (["few", "gelu=auto"], "one arm and nothing to compare"),
+        (["few", "optimizer=adamw,muon"], "one optimizer, AdamW"),
+        (["few", "gemm_layout=tn,nn"], "the op linear"),
+        (["few", "seed=1,2"], "may mean data.seed or train.seed"),
+        (["few", "train.seed=1,2"], "cannot be an axis: arms are compared from the same seed"),
+        (["few", "run.keep=1,2"], "cannot be an axis: it decides where results go"),
+        (["few", "blocks.0.*:atention=sdpa,native"], "no op 'atention'; the nearest are attention"),
+        (["few", "rms_norm=reference,triton"], "no arm calls rms_norm"),
+        (["few", "gelu=auto,reference", "--roundz", "3"], "no flag '--roundz'; the nearest are --rounds"),
+        (["few", "gelu=auto,reference", "--train.presicion", "fp32"], "the nearest are --train.precision"),
+        (["few", "gelu=auto,reference", "--mode", "gird"], "no mode 'gird'; the nearest are grid"),
+        (["few", "--mode", "leave-one-out", "adamv"], "PRESET AXIS"),
+        (["few", "adamv", "--mode", "leave-one-out"], "'adamv' is none; the nearest are adamw"),
+        (["few", "gelu", "--mode", "leave-one-out"], "gelu is computed by its reference already"),
+        (["few", "gelu=auto,reference", "--rounds", "1"], "--rounds must be at least 2, or there is no interval"),
+        (["few", "gelu=auto,reference", "--steps", "5", "--seeds", "2"], "--seeds must be at least 3"),
+        (["few", "gelu=auto,reference", "--target-loss", "3"], "wants --steps N"),
+        (["few", "gelu=auto,reference", "--seed", "-1"], "--seed must be from 0"),
+        (["few", "precision=fp32,bf16", "--write-tuning"], "no axis is an op"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_exits_2_with_the_nearest(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(words)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_quick():
+    code = (
+        "import sys\nfrom tritium.benchmarks import ablate\n"
+        "try:\n    ablate.main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "PRESET AXIS=VALUE" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ the check
+
+
+def test_an_ablation_leaves_record_picture_and_page(tmp_path, capsys):
+    """One arm that is right, one that cannot be had here with its reason; the contract is run."""
+    status, result = run(tmp_path, "layer_norm=reference,native,apex", *SMALL, "--no-twin")
+    assert record.problems(result, {**record.COMMON, **ablate.SCHEMA}) == []
+    for row in result["arms"]:
+        assert record.problems(row, ablate.ARM) == []
+    rows = by_name(result)
+    assert [rows[name]["status"] for name in rows] == ["ok", "ok", "unavailable"]
+    assert "apex" in rows["layer_norm=apex"]["reason"]
+    assert rows["layer_norm=apex"]["speed"] is None
+    base, native = rows["layer_norm=reference"], rows["layer_norm=native"]
+    assert base["verdict"] == "baseline"
+    assert base["ratio"]["median"] == 1.0
+    assert len(native["times"]["rounds_ms"]) == 2
+    speeds = [2e3 * 64 / sum(pair) for pair in native["times"]["rounds_ms"]]
+    assert native["speed"]["median"] == pytest.approx(sum(speeds) / 2)
+    assert 0 < abs(native["gradient_error"]["relative"]) < 1e-5
+    assert 0 <= abs(native["loss_delta"]) < 1e-5
+    assert {line["backend"] for line in native["kernels"] if line["op"] == "layer_norm"} == {"native"}
+    assert "layer_norm.native" in result["sources"]
+    assert {f["name"] for f in result["figures"]} >= {"layer_norm=native tokens/s", "layer_norm=native peak memory"}
+    assert not any("apex" in f["name"] for f in result["figures"])
+    assert base["peak_bytes"] > base["own_bytes"] > 3 * 4 * 20_000
+    shown = capsys.readouterr().out
+    assert "layer_norm=apex: unavailable:" in shown
+    page = next(tmp_path.glob("*.html")).read_text()
+    assert "layer_norm=native" in page
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert next(tmp_path.glob("*.png")).read_bytes().startswith(b"\x89PNG")
+    assert result["command"].startswith("tritium ablate few layer_norm=reference,native,apex")
+    assert status == int(not all(check["ok"] for check in result["checks"])) == 0
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 1.02
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_2_percent_too_large_is_red_and_gets_no_speed(tmp_path, capsys, plant, precision):
+    """Of the norm's weight alone: neither the losses nor the gradient norm show it."""
+
+    def layer_norm(x, weight, bias=None, eps=1e-5):
+        return ops.layer_norm.reference(x, Scaled.apply(weight), bias, eps)
+
+    name = plant("layer_norm", layer_norm)
+    words = [f"layer_norm=reference,{name}", *SMALL, "--no-gate", "--no-twin", "--train.precision", precision]
+    status, result = run(tmp_path, *words)
+    row = by_name(result)[f"layer_norm={name}"]
+    assert status == 1
+    assert row["status"] == "red"
+    assert "norm" in row["reason"]
+    assert row["gradient_error"]["factor"] == pytest.approx(0.02, abs=0.006)
+    assert row["speed"] is row["ratio"] is row["times"] is row["peak_bytes"] is None
+    assert not any(name in f["name"] for f in result["figures"])
+    shown = capsys.readouterr().out
+    assert "withheld" in shown
+    assert "RED" in shown
+    assert by_name(result)["layer_norm=reference"]["status"] == "ok"
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_breach_of_the_contract_that_this_model_does_not_show_is_red(tmp_path, plant, gate):
+    def gelu(x):
+        return ops.gelu.reference(x if x.is_contiguous() else torch.zeros_like(x))
+
+    name = plant("gelu", gelu)
+    status, result = run(tmp_path, f"gelu=reference,{name}", *SMALL, "--no-twin", *([] if gate else ["--no-gate"]))
+    row = by_name(result)[f"gelu={name}"]
+    assert (row["status"], status) == (("red", 1) if gate else ("ok", 0))
+    assert row["reason"] == (f"gelu.{name} breaks the contract" if gate else "")
+
+
+def test_a_backend_that_breaks_is_said_and_the_other_arms_go_on(tmp_path, plant, capsys):
+    def gelu(x):
+        raise ArithmeticError("planted")
+
+    name = plant("gelu", gelu)
+    status, result = run(tmp_path, f"gelu=reference,{name},auto", *SMALL, "--no-gate", "--no-twin")
+    rows = by_name(result)
+    assert status == 1
+    assert (rows[f"gelu={name}"]["status"], rows[f"gelu={name}"]["reason"]) == ("failed", "ArithmeticError: planted")
+    assert rows["gelu=auto"]["status"] == "ok"
+    assert rows["gelu=auto"]["speed"] is not None
+
+
+def test_without_a_baseline_there_is_nothing_to_compare(tmp_path, capsys):
+    status, result = run(tmp_path, "layer_norm=apex,reference", *SMALL)
+    assert (status, result) == (1, None)
+    assert "the baseline (layer_norm=apex) is unavailable: layer_norm=apex" in capsys.readouterr().err
+
+
+def test_settings_that_change_no_result_are_green(tmp_path):
+    """Precision, recomputing, micro-batches and padding against one reference; every arm in a group of its own."""
+    axes = [
+        "precision=fp32,bf16",
+        "recompute=none,full",
+        "micro_rows=4,2,3",
+        "vocab_multiple=128,1",
+        "linear=auto,triton",
+    ]
+    status, result = run(tmp_path, *axes, *SMALL, "--no-gate", "--together", "2", "--no-twin")
+    rows = by_name(result)
+    assert status == 0
+    assert rows["micro_rows=3"]["status"] == "unavailable"
+    assert "must be a multiple of train.micro_rows=3" in rows["micro_rows=3"]["reason"]
+    assert "Triton compiles for GPUs" in rows["linear=triton"]["reason"]
+    done = {name: row for name, row in rows.items() if row["status"] == "ok"}
+    assert [row["group"] for row in done.values()] == [0, 0, 0, 1, 1]
+    assert all(row["ratio"] is not None for row in done.values())
+    assert rows["precision=bf16"]["precision"] == "bf16"
+    base = rows[result["baseline"]]
+    assert rows["precision=bf16"]["gradient_error"]["relative"] > 1e-3 > base["gradient_error"]["relative"]
+    assert rows["recompute=full"]["peak_bytes"] < base["peak_bytes"]
+    assert rows["vocab_multiple=1"]["own_bytes"] == base["own_bytes"] - 3 * 4 * 32 * (384 - 300)
+
+
+def test_dropout_is_refused_since_its_arms_draw_different_masks(tmp_path):
+    status, result = run(tmp_path, "dropout=0,0.1", *SMALL, "--no-gate", "--no-twin")
+    assert status == 0
+    assert "different masks" in by_name(result)["dropout=0.1"]["reason"]
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    MiB = 2**20
+
+    def call():
+        a = torch.empty(8 * MiB, dtype=torch.uint8)
+        b = torch.empty(4 * MiB, dtype=torch.uint8)
+        del a
+        c = torch.empty(2 * MiB, dtype=torch.uint8)
+        return b.numel() + c.numel()
+
+    assert ablate.peak_bytes(call, "cpu") == pytest.approx(12 * MiB, rel=0.001)
+
+
+def test_every_arm_compiles_for_itself(tmp_path, monkeypatch):
+    """The arms differ in the optimizer alone, so dynamo would find the first one's compiled model for the second. It is
+    asked here without Inductor, which would take a minute."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(ablate, "_nothing_cached", lambda: contextlib.nullcontext(asked.append(1)))
+    status, result = run(
+        tmp_path, "adamw=reference,native", *SMALL, "--no-gate", "--no-twin", "--train.compile", "true"
+    )
+    assert status == 0, [row["reason"] for row in result["arms"]]
+    for row in result["arms"]:
+        assert row["compiled"]
+        assert row["compile_s"] == pytest.approx(row["first_step_s"] - row["times"]["p50_ms"] / 500)
+        assert row["compile_s"] > 0.1
+    assert len(asked) == 2
+    assert record.check("nothing compiled while timing", True, "0 frames") in result["checks"]
+
+
+def test_compiling_from_nothing_finds_no_code_of_before():
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    usual = pathlib.Path(cache_dir())
+    with ablate._nothing_cached():
+        fresh = pathlib.Path(cache_dir())
+        assert fresh != usual
+        assert list(fresh.iterdir()) == []
+    assert not fresh.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ the speed
+
+
+class CpuTime(timing.WallClock):
+    """The seconds that this thread computed: other processes on the machine do not count."""
+
+    def times_ms(self, calls):
+        times = []
+        for call in calls:
+            start = time.thread_time_ns()
+            call()
+            times.append((time.thread_time_ns() - start) / 1e6)
+        return times
+
+
+def spin(ms):
+    end = time.thread_time_ns() + 1e6 * ms
+    while time.thread_time_ns() < end:
+        pass
+
+
+def test_a_planted_5_percent_of_a_step_is_found_and_an_equal_arm_is_not(tmp_path, monkeypatch, plant):
+    """A backend that spins for 5 % of a step, measured; and one that does not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(timing, "clock_for", lambda device: CpuTime())
+    cost_ms = [0.0]
+
+    def slow(tensors):
+        spin(cost_ms[0])
+        return ops.global_norm.reference(tensors)
+
+    def same(tensors):
+        return ops.global_norm.reference(tensors)
+
+    slow_name, same_name = plant("global_norm", slow), plant("global_norm", same)
+    try:
+        arm = ablate.Arm(CONFIG.replace(model={"n_embd": 128}, train={"batch_rows": 8, "micro_rows": 8}), "cpu")
+        batch = ablate.curves.Markov(300, 8, 32).held_out
+        times = CpuTime().times_ms([lambda: arm.step(batch)] * 30)
+        cost_ms[0] = 0.05 * sorted(times)[15]
+        axis = f"global_norm=reference,{slow_name},{same_name}"
+        words = ["--T", "32", "--B", "8", "--rounds", "60", "--no-gate", "--model.n_embd", "128"]
+        _, result = run(tmp_path, axis, *words)
+    finally:
+        torch.set_num_threads(threads)
+    rows = by_name(result)
+    slow_row, same_row = rows[f"global_norm={slow_name}"], rows[f"global_norm={same_name}"]
+    assert slow_row["verdict"] == "slower"
+    assert slow_row["ratio"]["high"] < 1.0
+    assert 1 / slow_row["ratio"]["median"] - 1 == pytest.approx(0.05, abs=0.02)
+    assert slow_row["delta_tokens_per_s"]["high"] < 0.0
+    assert same_row["verdict"] == "no difference shown"
+    assert abs(same_row["ratio"]["median"] - 1) < 0.02
+
+
+def fabricated(**ms):
+    """Stands for timing.interleave: arm → milliseconds by round; "" is the twin."""
+
+    def interleave(arms, rounds, between):
+        return {name: timing.Samples(tuple((t, t) for t in ms.get(name.rpartition("=")[2] or "twin", (100.0,) * 20)))
+                for name in arms}  # fmt: skip
+
+    return interleave
+
+
+def wobble(ms, by=0.002):
+    return tuple(ms * (1 + by * ((7 * i) % 5 - 2)) for i in range(20))
+
+
+@pytest.mark.parametrize(
+    ("twin", "noisy", "verdict"),
+    [(wobble(100.0), False, "slower"), (wobble(103.0), True, "slower"), (wobble(108.0), True, "no difference shown")],
+)
+def test_a_twin_that_differs_says_that_the_machine_is_too_noisy(tmp_path, monkeypatch, capsys, twin, noisy, verdict):
+    """And no difference is shown that is not larger than the twin's."""
+    monkeypatch.setattr(timing, "interleave", fabricated(twin=twin, native=wobble(105.0)))
+    status, result = run(tmp_path, "adamw=reference,native", *SMALL, "--no-gate")
+    row = by_name(result)["adamw=native"]
+    assert row["ratio"]["median"] == pytest.approx(100 / 105, rel=1e-3)
+    assert row["verdict"] == verdict
+    assert status == int(noisy)
+    assert ("TOO NOISY" in capsys.readouterr().out) == noisy
+    assert result["resolution"] == pytest.approx(max(twin) / 100.0 - 1, abs=0.006)
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+def test_student_and_sign_flips_are_those_of_the_tables():
+    # two-sided 95 % points of Student's distribution, any textbook
+    for freedom, t in {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 30: 2.042}.items():
+        assert curves.student_quantile(0.95, freedom) == pytest.approx(t, abs=6e-4)
+        assert curves.student_t(t, freedom) == pytest.approx(0.95, abs=3e-5)
+    assert curves.sign_flips([1.0, 2.0, 3.0]) == 0.25  # all signs alike: 2 of 8
+    assert curves.sign_flips([1.0, -1.0, 1.0, -1.0]) == 1.0
+    assert curves.sign_flips([3.0, 1.0, -1.0, 2.0]) == 6 / 16  # |sum| ≥ 5: none turned, or one of the ones; ±
+    found = curves.paired({"a": [0.1, 0.2, 0.3], "b": [0.1, -0.1, 0.0], "none": [0.0, 0.0, 0.0]})
+    a = found["a"]
+    # mean 0.2, s/√3 = 0.0577350: t = 3.4641, p = 1 - t/√(t² + 2) for 2 degrees of freedom
+    assert (a.mean, a.p) == (pytest.approx(0.2), pytest.approx(1 - math.sqrt(12 / 14)))
+    assert (a.high - a.mean) == pytest.approx(4.3027 * 0.0577350, rel=1e-4)
+    assert a.p_holm == pytest.approx(3 * a.p)
+    assert not a.shown
+    assert (found["b"].p_holm, found["none"].p, found["none"].low) == (1.0, 1.0, 0.0)
+    assert curves.corrected({"x": 0.01, "y": 0.04, "z": 0.03}) == pytest.approx({"x": 0.03, "z": 0.06, "y": 0.06})
+    with pytest.raises(ValueError, match="at least two seeds"):
+        curves.paired({"a": [1.0]})
+
+
+def test_curves_of_equal_arms_are_equal_and_a_worse_rate_is_shown(tmp_path, monkeypatch, capsys):
+    """The kernels differ and the learning rate: only the latter changes what is learned, and the target is not reached
+    with it. Evaluating takes a second on this clock and does not count."""
+    words = ["--T", "16", "--B", "8", "--rounds", "2", "--no-gate", "--no-twin", "--steps", "40", "--seeds", "3"]
+    words += ["--model.vocab_size", "64"]
+    axes = ["optim.lr=1e-2,1e-5", "adamw=reference,native", "vocab_multiple=128,1"]
+    slept = []
+    real = curves.Markov.validation_loss
+
+    def validation_loss(self, model, device):
+        assert model.training
+        slept.append(1.0)
+        return real(self, model, device)
+
+    monkeypatch.setattr(curves.Markov, "validation_loss", validation_loss)
+    status, result = run(tmp_path, *axes, *words, "--data", "markov", "--eval-every", "10", "--target-loss", "3.5")
+    assert status == 0
+    rows = by_name(result)
+    base, slow, native, exact = rows.values()
+    assert len(slept) == 4 * 3 * 5
+    for row in rows.values():
+        assert [c["steps"] for c in row["training"]["curves"]] == [[0, 10, 20, 30, 40]] * 3
+        assert [c["seed"] for c in row["training"]["curves"]] == [0, 1, 2]
+    losses = [[c["val_loss"] for c in row["training"]["curves"]] for row in rows.values()]
+    assert losses[0][0] != losses[0][1] != losses[0][2]  # seeds differ
+    assert losses[2] == [pytest.approx(c, rel=1e-4) for c in losses[0]]
+    assert losses[3] == [pytest.approx(c, rel=1e-4) for c in losses[0]]
+    assert losses[1][0][0] == losses[0][0][0]  # the same weights to begin with
+    assert base["training"]["final"] is None
+    p = slow["training"]["final"]
+    assert p["mean"] == pytest.approx(sum(b[-1] - a[-1] for a, b in zip(*losses[:2], strict=True)) / 3)
+    assert p["low"] > 0.0
+    assert p["p_holm"] < 0.05
+    assert p["p_signs"] == 0.25
+    assert native["training"]["final"]["p_holm"] > 0.05 or abs(native["training"]["final"]["mean"]) < 1e-4
+    target = base["training"]["target"]
+    assert target["reached"] == 3
+    at = next(i for i, loss in enumerate(losses[0][0]) if loss <= 3.5)
+    assert target["tokens"][0] == 128 * 10 * at
+    assert target["seconds"][0] == base["training"]["curves"][0]["train_s"][at] > 0.0
+    assert exact["training"]["target"]["seconds_ratio"] is not None
+    assert slow["training"]["target"] == {"reached": 0, "of": 3, "seconds": [], "tokens": [], "seconds_ratio": None}
+    shown = capsys.readouterr().out
+    assert "never" in shown
+    assert "cannot go below 0.25" in shown
+
+
+def test_arms_of_a_seed_see_the_same_batches_and_turns_are_taken():
+    order = []
+
+    class Learner:
+        def __init__(self, name):
+            self.name, self.seen, self.left = name, [], 0.0
+
+        def restart(self, seed):
+            self.seen.append(seed)
+
+        def train(self, batch, lr):
+            order.append(self.name)
+            self.seen.append((batch.ids.sum().item(), lr))
+            return 0.5
+
+        def evaluate(self, data):
+            return 3.0 - len(self.seen)
+
+    arms = {"a": Learner("a"), "b": Learner("b")}
+    data = curves.Markov(50, 2, 8)
+    found = curves.train(arms, data, [5, 6], 4, 3, lambda name, step: float(step))
+    assert arms["a"].seen == arms["b"].seen
+    assert arms["a"].seen[1] != arms["a"].seen[6]  # another seed, other batches
+    assert [x[1] for x in arms["a"].seen[1:5]] == [0.0, 1.0, 2.0, 3.0]
+    assert order[:8] == ["a", "b", "b", "a", "b", "a", "a", "b"]
+    curve = found["b"][0]
+    assert (curve.steps, curve.train_s, curve.seed) == ([0, 3, 4], [0.0, 1.5, 2.0], 5)
+    assert curve.mean == pytest.approx((3 * (2.0 - 1.0) / 2 + (-1.0 - 2.0) / 2) / 4)
+    assert curve.reached(-1.0) == 1
+    assert curve.reached(-9.0) is None
+
+
+def test_training_starts_from_the_weights_that_tritium_train_starts_from():
+    from tritium.engine import train
+
+    torch.manual_seed(9)
+    mine = ablate.initial_weights(CONFIG.replace(model={"vocab_multiple": 1}), 3, "cpu")
+    theirs = train.build(CONFIG.replace(model={"vocab_multiple": 1}, train={"seed": 3})).optimizer.master_weights()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+# --------------------------------------------------------------------------------------------------------------- tuning
+
+
+@pytest.fixture
+def tuning(tmp_path, monkeypatch):
+    """A folder of tuning files with entries for another op and, more widely, for this one."""
+    folder = tmp_path / "kernels" / "tuning"
+    folder.mkdir(parents=True)
+    entries = [
+        {"arch": "*", "op": "gelu", "order": ["triton"], "evidence": "none"},
+        {"arch": "*", "op": "adamw", "order": ["torch_fused"], "evidence": "none"},
+    ]
+    (folder / "cpu.json").write_text(json.dumps(entries))
+    monkeypatch.setattr(contract, "_FOLDER", folder.parent)
+    contract.tuning.cache_clear()
+    yield folder / "cpu.json"
+    contract.tuning.cache_clear()
+
+
+def test_the_winning_order_is_written_once_and_auto_takes_it(tmp_path, monkeypatch, tuning, capsys):
+    before = json.loads(tuning.read_text())
+    fast = fabricated(native=wobble(90.0), torch_fused=wobble(104.0))
+    monkeypatch.setattr(timing, "interleave", fast)
+    words = ["adamw=reference,torch_fused,native", *SMALL, "--no-gate", "--no-twin", "--write-tuning"]
+    assert run(tmp_path, *words)[0] == 0
+    entries = json.loads(tuning.read_text())
+    assert entries[1:] == before
+    new = entries[0]
+    assert (new["op"], new["order"], new["compiled"], new["dtype"], new["phase"]) == (
+        "adamw", ["native", "reference"], False, "float32", "train")  # fmt: skip
+    assert "native 1.111 [" in new["evidence"]
+    assert "few, T=16, B=4" in new["evidence"]
+    assert "adamw: native > reference written to" in capsys.readouterr().out
+    auto = ablate.planned(CONFIG.replace(kernels={"adamw": "auto"}), "cpu")
+    assert next(row for row in auto if row.op == "adamw").backend == "native"
+    text = tuning.read_text()
+    assert run(tmp_path, *words)[0] == 0
+    assert tuning.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("native", "said"),
+    [
+        (wobble(99.9, by=0.005), "not shown to be faster than the baseline"),
+        (wobble(100.1, by=0.005), "not shown to be faster than native"),
+    ],
+)
+def test_no_order_is_written_where_none_is_shown(tmp_path, monkeypatch, tuning, capsys, native, said):
+    before = tuning.read_text()
+    monkeypatch.setattr(timing, "interleave", fabricated(native=native))
+    words = ["adamw=reference,native", *SMALL, "--no-gate", "--no-twin", "--write-tuning"]
+    run(tmp_path, *words)
+    assert said in capsys.readouterr().out
+    assert tuning.read_text() == before
+
+
+def test_an_order_that_auto_would_not_follow_is_taken_back(tmp_path, monkeypatch, tuning):
+    """Another file, read before this one, decides for the same place."""
+    first = tuning.with_name("a.json")
+    first.write_text(json.dumps([{"arch": "*", "op": "adamw", "order": ["torch_fused"], "evidence": "none"}]))
+    before = tuning.read_text()
+    monkeypatch.setattr(timing, "interleave", fabricated(native=wobble(90.0)))
+    words = ["adamw=reference,native", *SMALL, "--no-gate", "--no-twin"]
+    _, result = run(tmp_path, *words)
+    with pytest.raises(RuntimeError, match="auto would choose torch_fused and not native"):
+        ablate_results.write_tuning(result, "adamw", CONFIG)
+    assert tuning.read_text() == before
