@@ -1198,6 +1198,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {  # what → (about, module of tritium
     "train": ("tokens/s, utilisation, memory and anatomy of training a preset", "training"),
     "peers": ("a preset against other implementations of the same model", "throughput"),
     "kernels": ("every op, backend by backend", "kernels"),
+    "compare": ("two records: ratios, intervals, a verdict", "compare"),
 }
 
 
