@@ -1,6 +1,6 @@
 """Speed of the ops: op × backend × case, interleaved, for backends that are right.
 
-    python -P -m tritium.benchmarks.kernels [OP ...] [--backends a,b] [--cases PATTERN] [--dtypes fp32,bf16] [--device
+    tritium bench kernels [OP ...] [--backends a,b] [--cases PATTERN] [--dtypes fp32,bf16] [--device
     cuda] [--compiled]
 
 Before a backend is timed it is held to the contract (tritium.kernels.contract) on the op's small cases, in the dtype
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tritium.benchmarks import record, timing
-from tritium.kernels import contract
+from tritium.kernels import contract, peaks
 from tritium.kernels.case import Case
 from tritium.kernels.op import Backend, KernelError, Op
 from tritium.kernels.ops import OPS
@@ -41,11 +41,14 @@ ROW: record.Schema = {
     "what": str,  # "forward", "forward+backward" or, of an update op, "update"
     "p20_ms": record.NUMBER, "p50_ms": record.NUMBER, "p80_ms": record.NUMBER, "noise": record.NUMBER,
     "gb_per_s": record.NUMBER, "tflop_per_s": record.NUMBER,
+    "of_copy": record.NUMBER, "of_matmul": record.NUMBER,  # as fractions of this device's measured rates
+    "of_bound": record.NUMBER,  # the larger of the two that count: products only where the op's are matrices'
     "over_reference": (dict, type(None)),  # interval of the speed ratio to the eager reference; null for that itself
 }  # fmt: skip
 SCHEMA: record.Schema = {
     "clock": str,
     "rounds": int,
+    "rates": {str: {"copy_gb_per_s": record.NUMBER, "matmul_tflop_per_s": record.NUMBER}},  # by dtype, before and after
     "rows": [ROW],
     "refused": [{"op": str, "backend": str, "why": str}],
     "red": [str],
@@ -69,6 +72,13 @@ class Measured:
     gb_per_s: float
     tflop_per_s: float
     over_reference: dict[str, float] | None
+    samples_ms: tuple[float, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What names its figure in a record."""
+        mode = " compiled" if self.compiled else ""
+        return f"{self.op}.{self.backend}{mode} {self.case} {self.dtype} {self.what}"
 
     def __str__(self) -> str:
         label = f"{self.op}.{self.backend}{' compiled' if self.compiled else ''}"
@@ -205,7 +215,7 @@ def bench_case(
             (short,) = (name for name, known in DTYPES.items() if known == dtype)
             yield Measured(
                 op.name, backend.name, case.name, short, compiled, what, low, ms, high, timing.noise(taken),
-                moved / ms / 1e6, flops / ms / 1e9, ratio,
+                moved / ms / 1e6, flops / ms / 1e9, ratio, tuple(taken.ms),
             )  # fmt: skip
 
 
@@ -258,6 +268,26 @@ def bench_ops(request: Request, gate: Gate, clock: timing.Clock, refused: list[d
             yield from bench_case(op, chosen, case, dtype, request, clock, refused)
 
 
+def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """What a large copy and a large product reach on this device now: what all rates are fractions of."""
+    from tritium.benchmarks import anatomy
+    from tritium.engine import metrics
+
+    side = 8192 if device == "cuda" else 1024
+    return {
+        "copy_gb_per_s": anatomy.copy_rate(device) / 1e9,
+        "matmul_tflop_per_s": metrics.matmul_rate(torch.device(device), dtype, side, side, side) / 1e12,
+    }
+
+
+def fractions(row: Measured, reached: Mapping[str, float]) -> dict[str, float]:
+    """ROW's of_copy, of_matmul and of_bound."""
+    of_copy = row.gb_per_s / reached["copy_gb_per_s"]
+    of_matmul = row.tflop_per_s / reached["matmul_tflop_per_s"]
+    of_bound = max(of_copy, of_matmul) if row.op in peaks.ON_TENSOR_CORES else of_copy
+    return {"of_copy": of_copy, "of_matmul": of_matmul, "of_bound": of_bound}
+
+
 def on_device(bench: Bench) -> None:
     """The stage ``kernels`` of ``make gpu``: every op at the shapes that matter, in bf16."""
     gate = Gate(bench.device)
@@ -267,7 +297,11 @@ def on_device(bench: Bench) -> None:
     if bench.tiny:
         request = Request(ops, bench.device, (torch.float32,), pattern="odd", rounds=2, inner=1)
     for row in bench_ops(request, gate, bench.cold, refused):
-        more = {key: value for key, value in asdict(row).items() if key not in ("op", "backend", "case", "what")}
+        more = {
+            key: value
+            for key, value in asdict(row).items()
+            if key not in ("op", "backend", "case", "what", "samples_ms")
+        }
         name = f"{row.op}.{row.backend} {row.case} {row.what}"
         bench.lines.write(name, row.gb_per_s, "GB/s", **more)
     for item in refused:
@@ -279,9 +313,7 @@ def on_device(bench: Bench) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Time ops; 0, or 1 when a backend was red, or 2 for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="tritium.benchmarks.kernels", description="Speed of the ops, backend by backend."
-    )
+    parser = argparse.ArgumentParser(prog="tritium bench kernels", description="Speed of the ops, backend by backend.")
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
     parser.add_argument("--backends", default="", help="comma-separated; the reference is always timed (default: all)")
     parser.add_argument(
@@ -302,21 +334,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     gate = Gate(device)
     refused: list[dict[str, str]] = []
     clock = timing.clock_for(device, scrub_bytes=256 << 20)
-    result = record.begin("kernels", shlex.join(["python", "-P", "-m", "tritium.benchmarks.kernels", *argv]), device)
+    result = record.begin("kernels", shlex.join(["tritium", "bench", "kernels", *argv]), device)
     rows = []
     request = Request(
         [OPS[name] for name in a.ops or OPS], device, [DTYPES[name] for name in names],
         [name for name in a.backends.split(",") if name], a.cases, a.compiled, a.rounds,
     )  # fmt: skip
+    reached = {name: rates(device, DTYPES[name]) for name in names}
+    for name, found in reached.items():
+        shown = "{copy_gb_per_s:.1f} GB/s, a product {matmul_tflop_per_s:.3g} TFLOP/s".format(**found)
+        print(f"measured here, {name}: a copy reads and writes {shown}", flush=True)
     for row in bench_ops(request, gate, clock, refused):
-        print(row, flush=True)
-        rows.append(asdict(row))
+        of = fractions(row, reached[row.dtype])
+        print(f"{row}  {100 * of['of_bound']:.0f} % of bound", flush=True)
+        fields = asdict(row) | of
+        result["figures"].append(record.figure(row.label, "ms", "lower", fields.pop("samples_ms")))
+        rows.append(fields)
+    result["sources"] = record.sources((row["op"], row["backend"]) for row in rows)
+    result["checks"] = [record.check("contract", not gate.red, "; ".join(gate.red)[:2000])]
     for item in refused:
         print(f"refused {item['op']}.{item['backend']}: {item['why']}")
     for text in gate.red:
         print(f"RED, hence no speed: {text}", file=sys.stderr)
     if a.out is not None:
-        result |= {"clock": clock.name, "rounds": a.rounds, "rows": rows, "refused": refused, "red": gate.red}
+        after = {f"{name}, after": rates(device, DTYPES[name]) for name in names}
+        result |= {
+            "clock": clock.name,
+            "rounds": a.rounds,
+            "rates": reached | after,
+            "rows": rows,
+            "refused": refused,
+            "red": gate.red,
+        }
         record.write(result, SCHEMA, a.out)
     return int(bool(gate.red))
 

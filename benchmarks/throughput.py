@@ -120,7 +120,7 @@ def bench_train(
     screening_steps: timed steps of each variant when choosing among a peer's; 0 takes the first variant of each.
     Raises UnequalLoss, ArmError when ours fails, and ValueError when no peer can be compared with.
     """
-    result = record.begin("throughput", command, device)
+    result = record.begin("throughput", command, device, config.name)
     problem = peers.why_not_gpt2(config.model)
     if problem is not None:
         raise ValueError(problem)
@@ -160,6 +160,12 @@ def bench_train(
             "times": taken.to_json(),
             "noise": timing.noise(taken),
         }
+        name = f"{key} tokens/s"
+        result["figures"].append(record.figure(name, "tokens/s", "higher", [1e3 * B * T / ms for ms in taken.ms]))
+    result["kernels"] = facts[first]["kernels"]
+    result["sources"] = record.sources((row["op"], row["backend"]) for row in result["kernels"])
+    detail = f"worst relative difference {equal['worst_relative']:g}"
+    result["checks"].append(record.check("equal losses", equal["ok"], detail))
     others = [key for key in samples if key != first]
     best = min(others, key=lambda key: samples[key].median_ms)
     return result | {

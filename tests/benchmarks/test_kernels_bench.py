@@ -87,3 +87,32 @@ def test_an_unknown_op_or_dtype_is_named(capsys):
             kernels.main(arguments)
         assert raised.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def test_fractions_of_what_this_device_reaches():
+    reached = {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": 0.5}
+
+    def of(op):
+        times = (1.0, 1.0, 1.0, 0.0)
+        return kernels.fractions(
+            kernels.Measured(op, "x", "c", "fp32", False, "forward", *times, 5.0, 0.4, None), reached
+        )
+
+    assert of("attention") == {"of_copy": 0.5, "of_matmul": 0.8, "of_bound": 0.8}
+    assert of("layer_norm")["of_bound"] == 0.5
+
+
+def test_the_record_has_figures_that_can_be_compared(tmp_path, capsys):
+    from tritium.benchmarks import compare
+
+    path = tmp_path / "record.json"
+    words = ["layer_norm", "--backends", "native", "--cases", "odd", "--rounds", "2", "--device", "cpu"]
+    assert kernels.main([*words, "--out", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["command"].startswith("tritium bench kernels layer_norm")
+    assert {f["name"].split()[0] for f in result["figures"]} == {"layer_norm.reference", "layer_norm.native"}
+    assert all(len(f["samples"]) == 4 for f in result["figures"])
+    assert result["sources"].keys() == {"layer_norm.reference", "layer_norm.native"}
+    assert result["rates"]["fp32"]["copy_gb_per_s"] > 0
+    assert compare.main([str(path), str(path), "--gate", "0.5"]) == 0
+    assert "layer_norm.native" in capsys.readouterr().out
