@@ -253,6 +253,55 @@ def test_a_gradient_2_percent_too_large_is_red_and_gets_no_speed(tmp_path, capsy
     assert by_name(result)["layer_norm=reference"]["status"] == "ok"
 
 
+def test_every_kind_of_deviation_is_red_and_so_is_what_is_no_number():
+    def said(losses=(0.0, 0.0, 0.0), norm=0.0, tensor=(0.0, 0.0), same=None):
+        found = ablate.Deviation(list(losses), norm, {"w": tensor})
+        return ablate.wrong(found, same, "fp32" if same is None else "bf16")
+
+    nan, inf = math.nan, math.inf
+    assert said() == said((9e-5, -9e-5, 0), 4e-3, (9e-4, -9e-4)) == []
+    for losses in ((0, 0, 2e-4), (-2e-4, 0, 0), (0, nan, 0), (inf, 0, 0)):
+        assert "the loss of step" in said(losses)[0]
+    for norm in (6e-3, -6e-3, nan):
+        assert "gradient norm" in said(norm=norm)[0]
+    for tensor in ((2e-3, 0.0), (0.0, 2e-3), (0.0, -2e-3), (nan, nan), (inf, 0.0)):
+        assert "the gradient of w" in said(tensor=tensor)[0]
+    # in bf16, twice what the reference deviates in bf16 is added
+    same = ablate.Deviation([1e-3] * 3, 1e-2, {"w": (1e-2, -1e-3)})
+    assert said((3.9e-3, 0, 0), 2.4e-2, (3.9e-2, 6.9e-3), same) == []
+    assert len(said((4.1e-3, 0, 0), 2.6e-2, (4.1e-2, 0.0), same)) == 3
+    assert len(said(tensor=(0.0, 7.1e-3), same=same)) == 1
+
+
+def test_deviations_are_of_tensors_norms_and_of_padding():
+    reference = ablate.Observed({"w": torch.tensor([[3.0], [4.0]]), "unused": torch.zeros(2)}, [2.0, 1.0, 1.0], 5.0)
+
+    def deviation(w, unused=(0.0, 0.0), losses=(2.0, 1.0, 1.0), norm=5.0):
+        got = {"w": torch.tensor(w)[:, None], "unused": torch.tensor(unused)}
+        return ablate.deviation(ablate.Observed(got, list(losses), norm), reference)
+
+    same = deviation((3.0, 4.0, 0.0))
+    assert (same.losses, same.norm, same.tensors) == ([0, 0, 0], 0, {"w": (0, 0), "unused": (0, 0)})
+    longer = deviation((3.06, 4.08), losses=(2.0, 1.1, 1.0), norm=5.1)
+    assert longer.tensors["w"] == (pytest.approx(0.02, rel=1e-5), pytest.approx(0.02, rel=1e-5))
+    assert (longer.loss, longer.norm) == (pytest.approx(0.1), pytest.approx(0.02))
+    assert longer.worst[0] == "w"
+    assert deviation((3.0, 4.0, 1.0)).tensors["w"] == (0.2, 0.0)  # a row of padding that has a gradient
+    assert deviation((3.0, 4.0), unused=(0.0, 1e-9)).tensors["unused"][0] == math.inf
+    assert deviation((math.nan, 4.0)).worst[0] == "w"
+
+
+def test_a_bias_that_is_left_out_is_red_though_training_begins_with_none(tmp_path, plant):
+    """Its gradient is right: weights are wider in the check than at the start of training."""
+
+    def layer_norm(x, weight, bias=None, eps=1e-5):
+        return ops.layer_norm.reference(x, weight, bias - bias.detach(), eps)
+
+    name = plant("layer_norm", layer_norm)
+    status, result = run(tmp_path, f"layer_norm=reference,{name}", *SMALL, "--no-gate", "--no-twin")
+    assert (by_name(result)[f"layer_norm={name}"]["status"], status) == ("red", 1)
+
+
 @pytest.mark.parametrize("gate", [True, False])
 def test_a_breach_of_the_contract_that_this_model_does_not_show_is_red(tmp_path, plant, gate):
     def gelu(x):
@@ -313,6 +362,17 @@ def test_dropout_is_refused_since_its_arms_draw_different_masks(tmp_path):
     status, result = run(tmp_path, "dropout=0,0.1", *SMALL, "--no-gate", "--no-twin")
     assert status == 0
     assert "different masks" in by_name(result)["dropout=0.1"]["reason"]
+
+
+def test_an_arm_takes_its_own_tensors_and_the_most_that_a_step_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "peak_bytes", lambda call, device: 1000)
+    _, result = run(tmp_path, "adamw=reference,native", *SMALL, "--no-gate", "--no-twin")
+    weights = (384 + 32 + 12 * 32) * 32 + 9 * 32 + 3 * 64  # tables and matrices, biases, norms
+    own = ablate.Arm(CONFIG.replace(train={"batch_rows": 4}), "cpu").engine.model.num_parameters()
+    assert own == weights
+    for row in result["arms"]:
+        assert row["own_bytes"] == 3 * 4 * own + 2 * 4  # a weight and two moments, fp32; two counters
+        assert row["peak_bytes"] == row["own_bytes"] + 1000
 
 
 def test_peak_memory_counts_what_is_held_at_once():
