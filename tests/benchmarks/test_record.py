@@ -1,10 +1,12 @@
 """Benchmark records: what is checked before one is written."""
 
 import json
+import types
 
 import pytest
 
 from tritium.benchmarks import record
+from tritium.kernels import ops
 
 SCHEMA = {"rows": [{"name": str, "ms": record.NUMBER}], "ratios": {str: record.NUMBER}, "note": (str, type(None))}
 GOOD = {"rows": [{"name": "a", "ms": 1.5}, {"name": "b", "ms": 2}], "ratios": {"a/b": 0.75}, "note": None}
@@ -47,3 +49,65 @@ def test_the_common_fields_say_where_and_what():
     assert common["versions"]["torch"] != "absent"
     assert common["machine"]["cores"] >= 1
     assert common["machine"]["memory_bytes"] > 2**28
+
+
+def test_a_figure_is_the_median_of_its_samples():
+    made = record.figure("tokens/s", "tokens/s", "higher", [3.0, 1.0, 2.0])
+    assert (made["value"], made["samples"]) == (2.0, [3.0, 1.0, 2.0])
+    assert record.figure("peak memory", "bytes", "lower", value=7)["samples"] == []
+    with pytest.raises(ValueError, match="higher"):
+        record.figure("x", "ms", "less", [1.0])
+
+
+def test_a_digest_follows_what_a_backend_imports(tmp_path, monkeypatch):
+    kernels = tmp_path / "kernels"
+    for name, text in {
+        "gelu/impl_a.py": "from tritium.kernels.lib import shared\n", "lib/shared.py": "x = 1\n", "lib/unused.py": "\n",
+    }.items():  # fmt: skip
+        (kernels / name).parent.mkdir(parents=True, exist_ok=True)
+        (kernels / name).write_text(text)
+    monkeypatch.setattr(record, "KERNELS", kernels)
+    backend = types.SimpleNamespace(module=types.SimpleNamespace(__file__=str(kernels / "gelu/impl_a.py")))
+    monkeypatch.setattr(type(ops.OPS["gelu"]), "load", lambda self, name: backend)
+    digests = []
+    for path, text in (
+        (None, ""),
+        ("lib/unused.py", "y = 2\n"),
+        ("lib/shared.py", "x = 2\n"),
+        ("gelu/impl_a.py", "\n"),
+    ):
+        if path is not None:
+            (kernels / path).write_text(text)
+        record.source_digest.cache_clear()
+        digests.append(record.source_digest("gelu", "a"))
+    record.source_digest.cache_clear()
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+def test_native_backends_are_digested_with_their_c():
+    files = {p.name for p in record._imported(record.KERNELS / "layer_norm" / "impl_native.py", {})}
+    assert "native.py" in files
+    assert record.source_digest("layer_norm", "native") != record.source_digest("layer_norm", "reference")
+
+
+def test_the_state_of_a_gpu_is_what_nvidia_smi_says(monkeypatch):
+    said = {"clocks.sm": "1980", "power.draw": "[N/A]", "clocks_throttle_reasons.active": "0x0000000000000024"}
+    monkeypatch.setattr(record, "_nvidia_smi", lambda field: said.get(field, ""))
+    state = record._gpu_state()
+    assert state["clock_mhz"] == 1980.0
+    assert state["power_w"] is None
+    assert state["throttled_by"] == ["sw_power_cap", "sw_thermal"]
+    assert record.problems(state, record.MACHINE["state"]) == []
+
+
+def test_records_of_version_1_are_brought_up_to_date():
+    for path in (record.ROOT / "benchmarks" / "results" / "cpu").glob("throughput_*.json"):
+        found = record.read(path)
+        assert record.problems({k: found[k] for k in record.COMMON}, record.COMMON) == []
+        assert found["command"].startswith("tritium bench peers ")
+        speeds = {key: arm["tokens_per_s"] for key, arm in found["arms"].items()}
+        assert {f["name"]: f["value"] for f in found["figures"]} == {
+            f"{key} tokens/s": pytest.approx(speed, rel=1e-3) for key, speed in speeds.items()
+        }
+        assert found["checks"][0]["ok"]
