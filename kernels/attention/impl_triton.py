@@ -141,7 +141,7 @@ def _query_ranges(
             cut = tl.minimum(cut, tl.min(tl.where((starts > n0) & (i < Tq), i, Tq), 0))
             unseen = tl.maximum(unseen, tl.max(tl.where(starts <= end, i + 1, 0), 0))
         last = tl.minimum(last, unseen)
-        tail = tl.minimum(tail, cut)
+        tail = tl.minimum(tail, tl.minimum(cut, last))  # padding sees nothing: its document starts after it
     last = tl.maximum(last, 0)
     first = tl.minimum(first, last) // BLOCK_M * BLOCK_M
     whole = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(whole, 0), BLOCK_M), tl.cdiv(last, BLOCK_M)) * BLOCK_M, first)

@@ -278,3 +278,23 @@ def test_a_scale_that_is_no_number_is_refused(scale):
     q = torch.zeros(1, 2, 1, 8)
     with pytest.raises(ValueError, match="finite scale"):
         attention.attention(q, q, q, scale=scale)
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_lse"])
+@pytest.mark.parametrize("begins", [64, 65, 200])
+def test_padding_whose_document_never_starts_sees_nothing_and_reaches_no_key(op, begins):
+    """Queries from 32 on have a seq_start beyond all keys; their keys must get a gradient of zero to the bit, and the
+    others that of the reference."""
+    T, H = 64, 1
+    q, k, v, dy = (torch.randn(1, T, H, 16, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    start = torch.zeros(1, T, dtype=torch.int32)
+    start[:, 32:] = begins
+    found = {}
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        y = ops.OPS[op].load(backend).function(*leaves, start)
+        y = y[0] if op == "attention_lse" else y
+        found[backend] = (y, *torch.autograd.grad(y, leaves, dy))
+    for got, wanted in zip(found["triton"], found["reference"], strict=True):
+        assert (got[:, 32:] == 0).all()
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
