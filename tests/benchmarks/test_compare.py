@@ -1,5 +1,6 @@
 """``tritium bench compare``: its statistics on samples whose truth is known, its verdicts, its refusals."""
 
+import functools
 import json
 
 import numpy
@@ -8,39 +9,77 @@ import pytest
 from tritium.benchmarks import compare, record
 
 
-def samples(seed, middle, n=20, noise=0.02, drift=0.0):
+def samples(seed, middle, n=20, noise=0.02, drift=0.0, memory=0.0):
+    """``n`` positive samples around ``middle``. drift: the relative change over them; memory: how much of a sample's
+    deviation stays in the next one's (an autoregression of order 1)."""
     random = numpy.random.default_rng(seed)
-    return list(middle * (1 + drift * numpy.linspace(-1, 1, n)) * numpy.exp(noise * random.normal(size=n)))
+    fresh, deviations = random.normal(size=n), numpy.empty(n)
+    deviations[0] = fresh[0]
+    for i in range(1, n):
+        deviations[i] = memory * deviations[i - 1] + (1 - memory**2) ** 0.5 * fresh[i]
+    return list(middle * (1 + drift * numpy.linspace(-0.5, 0.5, n)) * numpy.exp(noise * deviations))
 
 
-def test_the_interval_covers_the_truth_at_its_nominal_rate_or_above():
-    found = [compare.ratio_of_medians(samples(s, 1.03), samples(10_000 + s, 1.0)) for s in range(150)]
+def intervals(trials, ratio=1.0, drifts=(0.0, 0.0), **kinds):
+    """Of ``trials`` pairs of records: B's samples are ``ratio`` times A's."""
+    return [
+        compare.ratio_of_medians(
+            samples(2 * seed, ratio, drift=drifts[1], **kinds), samples(2 * seed + 1, 1.0, drift=drifts[0], **kinds)
+        )
+        for seed in range(trials)
+    ]
+
+
+@pytest.mark.parametrize(("memory", "n", "least"), [(0.0, 20, 0.92), (0.5, 20, 0.89), (0.5, 80, 0.89), (0.0, 6, 0.92)])
+def test_the_interval_covers_the_truth_at_its_nominal_rate(memory, n, least):
+    found = intervals(200, 1.03, n=n, memory=memory)
     covered = sum(f.low <= 1.03 <= f.high for f in found) / len(found)
-    assert 0.90 <= covered <= 1.0  # nominal 0.95; 150 trials have a standard error of 0.018
-    assert numpy.median([f.high - f.low for f in found]) < 0.06
+    assert least <= covered  # nominal 0.95; 200 trials have a standard error of 0.015
+    assert all(f.low <= f.median <= f.high for f in found)
+
+
+def test_independent_samples_have_no_needlessly_wide_interval():
+    found = intervals(50, 1.03, n=40)
+    assert numpy.median([f.high - f.low for f in found]) < 0.03  # a 95 % interval of exact theory is 0.022 wide
+    assert numpy.median([f.median for f in found]) == pytest.approx(1.03, abs=0.003)
 
 
 def test_three_percent_are_found_and_nothing_in_noise():
-    better = [compare.ratio_of_medians(samples(s, 1.03, 40, 0.01), samples(s + 999, 1.0, 40, 0.01)) for s in range(60)]
-    assert sum(f.low > 1.0 for f in better) >= 58
-    none = [compare.ratio_of_medians(samples(s, 1.0, 40, 0.01), samples(s + 999, 1.0, 40, 0.01)) for s in range(60)]
-    assert sum(f.low > 1.0 or f.high < 1.0 for f in none) <= 8
+    better = intervals(60, 1.03, n=40, noise=0.01)
+    assert sum(f.low > 1.0 for f in better) >= 57
+    worse = intervals(60, 1 / 1.03, n=40, noise=0.01)
+    assert sum(f.high < 1.0 for f in worse) >= 57
+    none = intervals(200, 1.0, n=40, noise=0.01)
+    assert sum(f.low > 1.0 or f.high < 1.0 for f in none) <= 16  # nominal 10
 
 
-def test_a_drift_within_the_record_widens_the_interval():
-    steady = compare.ratio_of_medians(samples(1, 1.0, 40, 0.005), samples(2, 1.0, 40, 0.005))
-    drifting = compare.ratio_of_medians(samples(1, 1.0, 40, 0.005, 0.1), samples(2, 1.0, 40, 0.005, 0.1))
-    by_one = compare.ratio_of_medians(samples(1, 1.0, 40, 0.005, 0.1), samples(2, 1.0, 40, 0.005, 0.1), block=1)
-    assert drifting.high - drifting.low > 3 * (steady.high - steady.low)
-    assert drifting.high - drifting.low > 1.3 * (by_one.high - by_one.low)
+@pytest.mark.parametrize("drifts", [(0.1, 0.1), (0.1, -0.1), (0.0, 0.1)])
+def test_a_drift_within_the_records_fakes_no_difference(drifts):
+    found = intervals(60, 1.0, drifts, n=40, noise=0.005)
+    assert sum(f.low > 1.0 or f.high < 1.0 for f in found) <= 3
+
+
+def test_blocks_are_rounds_and_never_fewer_than_five():
+    assert [compare.block_of(n) for n in (2, 5, 10, 20, 40, 160)] == [1, 1, 2, 4, 5, 20]
+
+
+def test_samples_that_are_all_equal_have_a_point_for_an_interval():
+    found = compare.ratio_of_medians([3.0] * 4, [2.0] * 6)
+    assert (found.median, found.low, found.high) == (pytest.approx(1.5),) * 3
 
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
 
+@functools.cache
+def blank():
+    """A record of this machine with nothing in it: asking git and the system takes a while."""
+    return json.dumps(record.begin("train", "tritium bench train few", "cpu", "few"))
+
+
 def made(tmp_path, name, speed=100.0, ms=10.0, **changes):
     """A record whose tokens/s are about ``speed`` and whose step takes about ``ms``."""
-    result = record.begin("train", "tritium bench train few", "cpu", "few") | {"settings": {"T": 16, "B": 2}}
+    result = json.loads(blank()) | {"settings": {"T": 16, "B": 2}}
     result["figures"] = [
         record.figure("tokens/s", "tokens/s", "higher", samples(1, speed, noise=0.002)),
         record.figure("step", "ms", "lower", samples(2, ms, noise=0.002)),
@@ -48,6 +87,7 @@ def made(tmp_path, name, speed=100.0, ms=10.0, **changes):
         record.figure("own products", "ms", "", samples(3, ms)),
     ]
     result["checks"] = [record.check("finite losses", True)]
+    result["machine"]["load_average"] = [0.0, 0.0, 0.0]
     for key, value in changes.items():
         target = result
         *path, last = key.split("__")
@@ -60,54 +100,133 @@ def made(tmp_path, name, speed=100.0, ms=10.0, **changes):
     return str(path)
 
 
+def rows(out):
+    """name → its line, of what compare printed."""
+    table = out[out.index("B/A") :].split("\n\n")[0].splitlines()[1:]
+    return {line.split("  ")[0]: line for line in table}
+
+
 def test_above_one_means_that_b_is_better_whatever_the_unit(tmp_path, capsys):
     status = compare.main([made(tmp_path, "a"), made(tmp_path, "b", speed=110.0, ms=9.0)])
     assert status == 0
-    rows = {line[:52].strip(): line for line in capsys.readouterr().out.splitlines()}
-    assert "1.100" in rows["tokens/s"]
-    assert "1.111" in rows["step"]
-    assert rows["tokens/s"].endswith("better")
-    assert rows["step"].endswith("better")
-    assert rows["peak memory"].endswith("no interval")
-    assert "own products" not in rows
+    found = rows(capsys.readouterr().out)
+    assert found.keys() == {"tokens/s", "step", "peak memory"}
+    assert "1.100" in found["tokens/s"] and found["tokens/s"].endswith("better")
+    assert "1.111" in found["step"] and found["step"].endswith("better")
+    assert found["peak memory"].endswith("no interval")
+    assert compare.main([made(tmp_path, "a"), made(tmp_path, "b", speed=90.0, ms=10.0)]) == 0
+    found = rows(capsys.readouterr().out)
+    assert found["tokens/s"].endswith("worse")
+    assert found["step"].endswith("no difference shown")
 
 
 @pytest.mark.parametrize(
-    ("speed", "words", "status"),
+    ("speed", "words", "status", "where"),
     [
-        (96.0, ["--gate", "0.98"], 1),
-        (96.0, [], 0),
-        (99.0, ["--gate", "0.98"], 0),
-        (98.1, ["--gate", "0.98"], 0),  # on the gate: not certainly below it
-        (98.1, ["--gate", "0.98", "--strict"], 1),  # nor certainly above
-        (104.0, ["--gate", "0.98", "--strict"], 0),
+        (96.0, ["--gate", "0.98"], 1, "below the gate"),
+        (96.0, [], 0, "worse"),
+        (99.0, ["--gate", "0.98"], 0, "worse, inside the gate"),
+        (98.1, ["--gate", "0.98"], 0, "on the gate"),  # not certainly below it
+        (98.1, ["--gate", "0.98", "--strict"], 1, "on the gate"),  # nor certainly above
+        (104.0, ["--gate", "0.98", "--strict"], 0, "better, inside the gate"),
     ],
 )
-def test_the_gate(tmp_path, capsys, speed, words, status):
-    b = made(tmp_path, "b", speed=speed, figures=None)
-    result = json.loads((tmp_path / "b.json").read_text())
-    result["figures"] = [record.figure("tokens/s", "tokens/s", "higher", samples(7, speed, 40, 0.003))]
-    (tmp_path / "b.json").write_text(json.dumps(result))
-    assert compare.main([made(tmp_path, "a"), b, *words]) == status
+def test_the_gate(tmp_path, capsys, speed, words, status, where):
+    figures = [record.figure("tokens/s", "tokens/s", "higher", samples(7, speed, 40, 0.003))]
+    same = [record.figure("tokens/s", "tokens/s", "higher", samples(1, 100.0, 40, 0.002))]
+    b = made(tmp_path, "b", figures=figures)
+    assert compare.main([made(tmp_path, "a", figures=same), b, *words]) == status
     out = capsys.readouterr().out
-    if words:
-        assert ("FAILED" in out) == bool(status)
+    assert rows(out)["tokens/s"].endswith(where)
+    assert ("FAILED" in out) == bool(status)
+
+
+def test_a_figure_that_was_taken_once_is_gated_only_when_asked(tmp_path, capsys):
+    a = made(tmp_path, "a")
+    more = [record.figure("peak memory", "bytes", "lower", value=2e9)]
+    b = made(tmp_path, "b", figures=json.loads((tmp_path / "a.json").read_text())["figures"][:2] + more)
+    assert compare.main([a, b, "--gate", "0.9"]) == 0
+    assert rows(capsys.readouterr().out)["peak memory"].endswith("no interval, not gated")
+    assert compare.main([a, b, "--gate", "0.9", "--gate-single"]) == 1
+    assert "FAILED, certainly below it: peak memory" in capsys.readouterr().out
+
+
+def test_a_figure_that_is_gone_is_said_and_fails_the_strict_gate(tmp_path, capsys):
+    a, b = made(tmp_path, "a"), made(tmp_path, "b", speed=200.0, ms=1.0)
+    result = json.loads((tmp_path / "b.json").read_text())
+    result["figures"] = [f | {"name": f["name"].replace("step", "stride")} for f in result["figures"]]
+    (tmp_path / "b.json").write_text(json.dumps(result))
+    assert compare.main([a, b, "--gate", "0.98"]) == 0
+    out = capsys.readouterr().out
+    assert "only in A: step" in out
+    assert "only in B: stride" in out
+    assert compare.main([a, b, "--gate", "0.98", "--strict"]) == 1
+    assert "FAILED, not certainly above it: only in A: step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("figure", "said"),
+    [
+        (record.figure("step", "s", "lower", [1.0, 2.0]), "step: measured as ms, lower is better in A, as s"),
+        (record.figure("step", "ms", "lower", [0.0, 0.0, 1.0]), "step: 9.99"),
+    ],
+)
+def test_what_has_no_ratio_is_left_out_with_the_reason(tmp_path, capsys, figure, said):
+    speed = record.figure("tokens/s", "tokens/s", "higher", samples(1, 100.0))
+    a, b = made(tmp_path, "a"), made(tmp_path, "b", figures=[speed, figure])
+    assert compare.main([a, b]) == 0
+    out = capsys.readouterr().out
+    assert f"not compared: {said}" in out
+    assert "step" not in rows(out)
+
+
+def test_many_verdicts_come_with_a_warning(tmp_path, capsys):
+    def many(seed):
+        return [record.figure(f"op {i}", "ms", "lower", samples(seed + i, 1.0)) for i in range(40)]
+
+    assert compare.main([made(tmp_path, "a", figures=many(0)), made(tmp_path, "b", figures=many(500))]) == 0
+    assert "of 40 figures that did not change, about 2" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ what is not the same
 
 
 def test_what_differs_is_said(tmp_path, capsys):
     row = {"site": "norm", "op": "layer_norm", "phase": "train", "backend": "native", "why": ""}
-    a = made(tmp_path, "a", kernels=[row], sources={"layer_norm.native": "1111", "adamw.native": "2222"})
-    b = made(
-        tmp_path, "b", kernels=[row | {"backend": "triton"}], sources={"layer_norm.triton": "3333"},
-        versions__torch="9.9", machine__state__throttled_by=["sw_power_cap"], commit="f" * 40,
+    both = [row, row | {"site": "norm2"}]
+    a = made(
+        tmp_path, "a", kernels=both, sources={"layer_norm.native": "1111", "adamw.native": "2222", "x.y": "unknown"},
+        machine__state__clock_mhz=1000.0, machine__state__power_limit_w=700.0,
     )  # fmt: skip
+    b = made(
+        tmp_path, "b", kernels=[r | {"backend": "triton"} for r in both],
+        sources={"layer_norm.triton": "3333", "adamw.native": "2222", "x.y": "unknown"}, versions__torch="9.9",
+        machine__state__throttled_by=["sw_power_cap"], commit="f" * 40, dirty="other",
+        machine__state__clock_mhz=1200.0, machine__state__power_limit_w=701.0, machine__load_average=[99.0, 0, 0],
+        settings__config={"train": {"seed": 3}},
+    )  # fmt: skip
+    result = json.loads((tmp_path / "b.json").read_text())
+    result["dirty"] = not json.loads((tmp_path / "a.json").read_text())["dirty"]
+    (tmp_path / "b.json").write_text(json.dumps(result))
     assert compare.main([a, b]) == 0
     out = capsys.readouterr().out
     for text in (
-        "kernels: native → triton", "source of layer_norm.native: 1111 → absent", "→ 9.9",
-        "B was throttled: sw_power_cap", "commit: ",
+        "kernels: layer_norm: native → triton at norm train + 1", "source of layer_norm.native: 1111 → absent",
+        "source of layer_norm.triton: absent → 3333", "source of x.y: in no file", "→ 9.9",
+        "B was throttled: sw_power_cap", "commit: ", "dirty: ", "clock_mhz: 1000 → 1200", "B began on a busy machine",
+        "train.seed: None → 3",
     ):  # fmt: skip
         assert text in out
+    assert "adamw" not in out
+    assert "power_limit_w" not in out
+
+
+def test_nothing_differs_between_a_record_and_itself(tmp_path, capsys):
+    a = made(tmp_path, "a")
+    assert compare.main([a, a, "--gate", "0.9", "--strict"]) == 0
+    said, table = capsys.readouterr().out.split("\n\n", 1)
+    assert len(said.splitlines()) == 2  # A and B
+    assert "better" not in table.replace("B is better", "")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +235,9 @@ def test_what_differs_is_said(tmp_path, capsys):
         ({"kind": "kernels"}, "kind: train and kernels"),
         ({"preset": "other"}, "preset: few and other"),
         ({"machine__name": "another"}, "device: "),
+        ({"machine__cores": 96}, "cores: "),
         ({"settings__T": 32}, "settings.T: 16 and 32"),
+        ({"settings__B": 1}, "settings.B: 2 and 1"),
     ],
 )
 def test_records_of_different_things_are_refused(tmp_path, capsys, changes, said):
@@ -127,19 +248,35 @@ def test_records_of_different_things_are_refused(tmp_path, capsys, changes, said
     assert said in capsys.readouterr().out
 
 
-def test_a_red_check_is_not_compared(tmp_path, capsys):
-    a, b = made(tmp_path, "a"), made(tmp_path, "b", checks=[record.check("finite losses", False, "nan")])
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_a_red_check_is_not_compared(tmp_path, capsys, which):
+    wrong = {"checks": [record.check("finite losses", False, "nan")]}
+    a, b = (made(tmp_path, name, **(wrong if name == which else {})) for name in "ab")
     assert compare.main([a, b, "--anyway"]) == 1
     said = capsys.readouterr()
-    assert "B: finite losses: nan" in said.err
+    assert f"{which.upper()}: finite losses: nan" in said.err
     assert "B/A" not in said.out
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99, "kind": "train"}', '{"schema": 2, "kind": "train"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "3", '{"schema": 99, "kind": "train"}', '{"schema": 2, "kind": "train"}',
+        '{"schema": 1, "kind": "throughput"}', '{"schema": 1, "kind": "throughput", "settings": 3, "arms": []}',
+        "[" * 100_000,
+    ],
+)  # fmt: skip
 def test_what_is_no_record_is_named(tmp_path, capsys, text):
     (tmp_path / "b.json").write_text(text)
     assert compare.main([made(tmp_path, "a"), str(tmp_path / "b.json")]) == 2
     assert "b.json" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_answered_with_the_nearest(tmp_path, capsys):
+    a = made(tmp_path, "train_tiny")
+    assert compare.main([a, str(tmp_path / "train_tyni.json")]) == 2
+    assert "the nearest" in (said := capsys.readouterr().err)
+    assert "train_tiny.json" in said
 
 
 def test_folders_are_paired_by_name(tmp_path, capsys):
@@ -148,18 +285,39 @@ def test_folders_are_paired_by_name(tmp_path, capsys):
     made(tmp_path / "after", "y")
     folders = [str(tmp_path / "before"), str(tmp_path / "after")]
     assert compare.main([*folders, "--gate", "0.98"]) == 1
-    assert capsys.readouterr().out.count("A: ") == 1
+    out = capsys.readouterr().out
+    assert out.count("A: ") == 1
+    assert f"not compared, the other folder has none of this name: {tmp_path / 'after' / 'y.json'}" in out
     assert compare.main([folders[0], str(tmp_path / "after" / "x.json")]) == 2
+    (tmp_path / "before" / "y.json").write_text("{")
+    assert compare.main([*folders, "--gate", "0.98"]) == 2  # and still x is compared
+    said = capsys.readouterr()
+    assert "FAILED" in said.out
+    assert "y.json" in said.err
+    (tmp_path / "empty").mkdir()
+    assert compare.main([folders[0], str(tmp_path / "empty")]) == 2
 
 
 def test_the_committed_records_can_be_compared_with_themselves(capsys):
-    for path in sorted((record.ROOT / "benchmarks" / "results" / "cpu").glob("throughput_*.json")):
+    found = sorted((record.ROOT / "benchmarks" / "results" / "cpu").glob("throughput_*.json"))
+    assert found
+    for path in found:
         assert compare.main([str(path), str(path), "--gate", "0.9"]) == 0
-    assert "1.000" in capsys.readouterr().out
+        assert "1.000" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--gate", "98"], ["--strict"]])
-def test_a_wrong_command_line(tmp_path, words):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gate", "98"], "is a ratio"),
+        (["--gate", "nan"], "is a ratio"),
+        (["--strict"], "add --gate"),
+        (["--gate-single"], "add --gate"),
+        (["--gaet", "0.98"], "the nearest are --gate"),
+    ],
+)
+def test_a_wrong_command_line(tmp_path, capsys, words, said):
     with pytest.raises(SystemExit) as stop:
         compare.main([made(tmp_path, "a"), made(tmp_path, "b"), *words])
     assert stop.value.code == 2
+    assert said in capsys.readouterr().err
