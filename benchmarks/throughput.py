@@ -1,11 +1,15 @@
 """Training throughput against peers: tokens/s of whole steps, on equal weights, batches and losses.
 
-    tritium bench [PRESET ...] [--T 256] [--B 2] [--rounds 10]
+    tritium bench peers [PRESET ...] [--T 256] [--B 2] [--rounds 10] [--peers textbook,litgpt]
 
 Every implementation trains in a process of its own (:mod:`arm`), one at a time. First each peer's variants are tried
 and the fastest kept; then it is checked that all of them compute the same thing (the losses of three steps from the
 same weights over the same batches: forward, backward, clipping and update); then they are timed, interleaved in
 rounds (:mod:`timing`). A comparison of different things is refused: exit status 1.
+
+A peer that does not implement the preset's model is compared at the nearest that it does (``fit`` of its module), with
+an arm of tritium of just that model, in the same rounds; tables name the model. A peer that cannot run says why; where
+that is one of peers.REQUIRED, the others are compared all the same, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -38,12 +42,13 @@ SHAPES = {
 VOCAB_SIZE = 1024  # for a preset that takes its vocabulary from the data: what the tiny preset's tokenizer has
 LOSS_STEPS = 3
 LOSS_BOUNDS = {"fp32": 1e-4, "bf16": 2e-3}  # relative, on every step's loss
-NEAR = 0.05  # a variant this close to its peer's best in the screening is timed as well, up to FINALISTS of a peer
-FINALISTS = 2
+NEAR = 0.05  # a variant this close to its peer's best in the screening is timed as well,
+FINALISTS = 2  # up to so many of BASELINE and of MEASURE; of the other peers the best
 
 ARM: record.Schema = {
     "peer": str,  # "tritium" or a name in peers.NAMES
     "variant": str,
+    "model": str,  # a key of settings.models
     "losses": [record.NUMBER],  # of LOSS_STEPS steps from the common weights
     "warm_up": {"runs": int, "stable": bool},
     "tokens_per_s": record.NUMBER,  # B·T over the median step
@@ -60,8 +65,11 @@ ARM: record.Schema = {
 INTERVAL: record.Schema = {"median": record.NUMBER, "low": record.NUMBER, "high": record.NUMBER, "level": record.NUMBER}
 SCHEMA: record.Schema = {
     "settings": {
-        "preset": str, "T": int, "B": int, "rounds": int, "seed": int, "flops_per_token": int,  # full convention
-        "config": dict,
+        "preset": str, "T": int, "B": int, "rounds": int, "seed": int, "config": dict,
+        "models": {str: {
+            "changed": str,  # what differs from the preset's model: "position=rope"; "" for that itself
+            "flops_per_token": int,  # full convention
+        }},
     },
     "method": str,
     "screening": [
@@ -69,8 +77,9 @@ SCHEMA: record.Schema = {
     ],
     "equal_loss": {"ok": bool, "worst_relative": record.NUMBER, "problems": [str]},
     "arms": {str: ARM},
-    "best_peer": str,  # the key of the fastest arm that is not ours
-    "speedup": {str: INTERVAL},  # ours over each of the other arms
+    "best_peer": str,  # the key of the arm that ours of the same model beats by least
+    "speedup": {str: INTERVAL},  # ours of the same model over each of the other arms
+    "void": [str],  # peers that are no baseline, since another of the same model is faster: see the checks
     "peers_absent": {str: str},  # peer → why it could not run
 }  # fmt: skip
 METHOD = (
@@ -85,21 +94,15 @@ class UnequalLoss(RuntimeError):
     """The arms do not compute the same thing; the message says which and by how much."""
 
 
-def shaped(name: str, T: int) -> Config:
-    """The preset as it is benchmarked: its vocabulary set, one micro-batch a step, room for rows of T tokens.
+BASELINE, MEASURE = "textbook", "huggingface"  # the first is a baseline only when it keeps up with the second
 
-    The peers are GPT-2: a preset with other parts is compared at its size with GPT-2's parts, and named so.
-    """
+
+def shaped(name: str, T: int) -> Config:
+    """The preset as it is benchmarked: its vocabulary set, room for rows of T tokens."""
     config = presets.load(name)
     model = dataclasses.replace(
         config.model, vocab_size=config.model.vocab_size or VOCAB_SIZE, block_size=max(T, config.model.block_size)
     )
-    if peers.why_not_gpt2(model) is not None:
-        model = dataclasses.replace(
-            model, position="learned", norm="layer_norm", activation="gelu", n_kv_head=0, mlp_width=0, bias=True,
-            qk_norm=False, tie_head=True, dropout=0.0, logit_softcap=0.0, z_loss=0.0, label_smoothing=0.0,
-        )  # fmt: skip
-        config = dataclasses.replace(config, name=f"{name} with GPT-2's parts")
     return dataclasses.replace(config, model=model)
 
 
@@ -121,39 +124,31 @@ def bench_train(
     Raises UnequalLoss, ArmError when ours fails, and ValueError when no peer can be compared with.
     """
     result = record.begin("throughput", command, device, config.name)
-    problem = peers.why_not_gpt2(config.model)
-    if problem is not None:
-        raise ValueError(problem)
-    absent = {name: reason for name in peer_names if (reason := peers.peer(name).why_not()) is not None}
-    present = [name for name in peer_names if name not in absent]
-    if not present:
-        raise ValueError("there is no peer to compare with: " + "; ".join(f"{k} {v}" for k, v in absent.items()))
-    run = _Run(config, T, B, device, seed)
-    with tempfile.TemporaryDirectory(prefix="tritium-bench-") as folder, contextlib.ExitStack() as stack:
+    fits, absent = fitted(config, peer_names, device)
+    for name, reason in absent.items():
+        _say(f"{name} is left out: {reason}")
+    run = _Run(T, B, device, seed)
+    with tempfile.TemporaryDirectory(prefix="tritium-bench-") as folder:
         run.folder = pathlib.Path(folder)
-        screening, finalists = run.screen(present, screening_steps)
-        arms: dict[str, ArmProcess] = {}
+        screening, finalists, failed = run.screen(fits, screening_steps)
+        absent |= failed
+        if not finalists:
+            reasons = "; ".join(f"{name} {reason}" for name, reason in absent.items())
+            raise ValueError(f"there is no peer to compare with: {reasons}")
+        used = {fit.config.name: fit for name, fit in fits.items() if name not in absent}
         facts: dict[str, dict[str, Any]] = {}
-        for name, variant in [(OURS, None), *finalists]:
-            arm = stack.enter_context(run.process(name, variant))
-            started = run.start(arm)
-            key = f"{name}: {started['variant']}"
-            arms[key], facts[key] = arm, {"peer": name, **started}
-            facts[key]["losses"] = arm.losses(LOSS_STEPS)
-            _say(f"{key}: first step done after {started['startup_s']:.1f} s, losses {facts[key]['losses']}")
-        first = next(iter(arms))
-        equal = equal_losses({key: (fact["losses"], fact["variant"]) for key, fact in facts.items()})
-        if not equal["ok"]:
-            raise UnequalLoss(
-                "these do not compute the same thing, so their speeds are not compared:\n  "
-                + "\n  ".join(equal["problems"])
-            )
-        for key, arm in arms.items():
-            warm = timing.warm_up(arm.step_ms)
-            facts[key]["warm_up"] = {"runs": warm.runs, "stable": warm.stable}
-        samples = timing.interleave(
-            {key: arm.step_ms for key, arm in arms.items()}, rounds, lambda done: _say(f"round {done} of {rounds}")
-        )
+        samples: dict[str, timing.Samples] = {}
+        for model, fit in used.items():  # one model after the other: a process holds its model as long as it lives
+            entries = [(OURS, None), *((n, v) for n, v in finalists if fits[n].config.name == model)]
+            found, taken = run.compare(fit, entries, rounds)
+            facts |= found
+            samples |= taken
+    ours = {fact["model"]: key for key, fact in facts.items() if fact["peer"] == OURS}
+    worst = max(
+        abs(a - b) / abs(a)
+        for fact in facts.values()
+        for a, b in zip(facts[ours[fact["model"]]]["losses"], fact["losses"], strict=True)
+    )
     for key, taken in samples.items():
         facts[key] |= {
             "tokens_per_s": 1e3 * B * T / taken.median_ms,
@@ -162,32 +157,91 @@ def bench_train(
         }
         name = f"{key} tokens/s"
         result["figures"].append(record.figure(name, "tokens/s", "higher", [1e3 * B * T / ms for ms in taken.ms]))
-    result["kernels"] = facts[first]["kernels"]
-    result["sources"] = record.sources((row["op"], row["backend"]) for row in result["kernels"])
-    detail = f"worst relative difference {equal['worst_relative']:g}"
-    result["checks"].append(record.check("equal losses", equal["ok"], detail))
-    others = [key for key in samples if key != first]
-    best = min(others, key=lambda key: samples[key].median_ms)
+    speedup = {
+        key: timing.speedup(samples[ours[fact["model"]]], samples[key])
+        for key, fact in facts.items()
+        if fact["peer"] != OURS
+    }
+    result["kernels"] = facts[next(iter(ours.values()))]["kernels"]
+    result["sources"] = record.sources(
+        (row["op"], row["backend"]) for key in ours.values() for row in facts[key]["kernels"]
+    )
+    result["checks"].append(record.check("equal losses", True, f"worst relative difference {worst:g}"))
+    void = []
+    kept_up = keeps_up(facts, samples)
+    if kept_up is not None:
+        result["checks"].append(kept_up)
+        void += [] if kept_up["ok"] else [BASELINE]
+    contenders = [key for key in speedup if facts[key]["peer"] not in void]
     return result | {
         "settings": {
             "preset": config.name, "T": T, "B": B, "rounds": rounds, "seed": seed,
-            "flops_per_token": flops_per_token(config.model, T), "config": json.loads(config.to_json()),
+            "config": json.loads(config.to_json()),
+            "models": {
+                name: {
+                    "changed": peers.changed(config.model, fit.config.model),
+                    "flops_per_token": flops_per_token(fit.config.model, T),
+                }
+                for name, fit in used.items()
+            },
         },
         "method": METHOD,
         "screening": screening,
-        "equal_loss": equal,
+        "equal_loss": {"ok": True, "worst_relative": worst, "problems": []},
         "arms": facts,
-        "best_peer": best,
-        "speedup": {key: timing.speedup(samples[first], samples[key]).to_json() for key in others},
+        "best_peer": min(contenders, key=lambda key: speedup[key].median),
+        "speedup": {key: ratio.to_json() for key, ratio in speedup.items()},
+        "void": void,
         "peers_absent": absent,
     }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What a peer is compared at: a configuration, and the name of its parts where they are not the preset's."""
+
+    config: Config
+    words: str
+
+
+def fitted(config: Config, names: Sequence[str], device: str) -> tuple[dict[str, Fit], dict[str, str]]:
+    """Each peer's :class:`Fit`, and of those that cannot run here the reasons."""
+    fits: dict[str, Fit] = {}
+    absent: dict[str, str] = {}
+    for name in names:
+        module = peers.peer(name)
+        model, words = module.fit(config.model)
+        reason = module.why_not(device) or "; ".join(model.problems())
+        if reason:
+            absent[name] = reason
+            continue
+        label = f"{config.name} with {words}" if words else config.name
+        fits[name] = Fit(dataclasses.replace(config, name=label, model=model), words)
+    return fits, absent
+
+
+def keeps_up(facts: Mapping[str, dict[str, Any]], samples: Mapping[str, timing.Samples]) -> dict[str, Any] | None:
+    """The check that plain PyTorch is a baseline: at least as fast as transformers compiled, each in its fastest form.
+
+    It fails where the whole interval of the ratio is below 1. None where one of the two was not timed.
+    """
+    best = {}
+    for name in (BASELINE, MEASURE):
+        keys = [key for key, fact in facts.items() if fact["peer"] == name]
+        if not keys:
+            return None
+        best[name] = samples[min(keys, key=lambda key: samples[key].median_ms)]
+    ratio = timing.speedup(best[BASELINE], best[MEASURE])
+    return record.check(
+        f"{BASELINE} is at least as fast as {MEASURE}, compiled", ratio.high >= 1.0,
+        f"{ratio} × its speed; below 1 with its whole interval it is void as a baseline",
+    )  # fmt: skip
 
 
 @dataclasses.dataclass
 class _Run:
     """What all arms of one comparison share."""
 
-    config: Config
     T: int
     B: int
     device: str
@@ -204,42 +258,75 @@ class _Run:
         settings = None if variant is None else dataclasses.asdict(variant)
         return ArmProcess(name, settings, compiled, place / "stderr.txt")
 
-    def start(self, arm: ArmProcess) -> dict[str, Any]:
-        return arm.start(self.config, self.B, self.T, self.device, self.seed)
+    def start(self, arm: ArmProcess, config: Config) -> dict[str, Any]:
+        return arm.start(config, self.B, self.T, self.device, self.seed)
 
-    def screen(self, names: Sequence[str], steps: int) -> tuple[list[dict[str, Any]], list[tuple[str, peers.Variant]]]:
-        """Try the variants of each peer; returns what was seen, and the variants to compare with."""
+    def compare(
+        self, fit: Fit, entries: Sequence[tuple[str, peers.Variant | None]], rounds: int
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, timing.Samples]]:
+        """Start the arms of one model, check that they compute the same thing and time them: ARM without its figures,
+        and the timings, by key. UnequalLoss where the losses differ from the first arm's."""
+        facts: dict[str, dict[str, Any]] = {}
+        with contextlib.ExitStack() as stack:
+            arms: dict[str, ArmProcess] = {}
+            for name, variant in entries:
+                arm = stack.enter_context(self.process(name, variant))
+                started = self.start(arm, fit.config)
+                key = f"{name}: {started['variant']}" + (f" [{fit.words}]" if fit.words else "")
+                arms[key], facts[key] = arm, {"peer": name, "model": fit.config.name, **started}
+                facts[key]["losses"] = arm.losses(LOSS_STEPS)
+                _say(f"{key}: first step done after {started['startup_s']:.1f} s, losses {facts[key]['losses']}")
+            equal = equal_losses({key: (fact["losses"], fact["variant"]) for key, fact in facts.items()})
+            if not equal["ok"]:
+                raise UnequalLoss(
+                    "these do not compute the same thing, so their speeds are not compared:\n  "
+                    + "\n  ".join(equal["problems"])
+                )
+            for key, arm in arms.items():
+                warm = timing.warm_up(arm.step_ms)
+                facts[key]["warm_up"] = {"runs": warm.runs, "stable": warm.stable}
+            steps = {key: arm.step_ms for key, arm in arms.items()}
+            samples = timing.interleave(steps, rounds, lambda done: _say(f"round {done} of {rounds}"))
+        return facts, samples
+
+    def screen(
+        self, fits: Mapping[str, Fit], steps: int
+    ) -> tuple[list[dict[str, Any]], list[tuple[str, peers.Variant]], dict[str, str]]:
+        """Try the variants of each peer; returns what was seen, the variants to compare with, and the peers of which
+        none runs, with the reasons."""
         seen: list[dict[str, Any]] = []
         finalists: list[tuple[str, peers.Variant]] = []
-        for name in names:
+        failed: dict[str, str] = {}
+        for name, fit in fits.items():
             variants = peers.peer(name).variants(self.device)
             if steps == 0:
                 finalists.append((name, variants[0]))
                 continue
             speeds: dict[peers.Variant, float] = {}
             for variant in variants:
-                self._try(name, variant, steps, seen, speeds)
+                self._try(name, variant, fit.config, steps, seen, speeds)
             if not speeds:
-                raise ArmError(
-                    f"no variant of {name} runs here: "
-                    + "; ".join(row["problem"] for row in seen if row["peer"] == name)
+                failed[name] = "no variant of it runs here: " + "; ".join(
+                    row["problem"] for row in seen if row["peer"] == name
                 )
-            shipped = _fastest(speeds)
+                continue
+            count = FINALISTS if name in (BASELINE, MEASURE) else 1
+            shipped = _fastest(speeds, count)
             if self.device == "cpu" and allocator.why_not() is None:  # what tritium has is offered to every peer
                 for variant in shipped:
-                    self._try(name, dataclasses.replace(variant, keep_memory=True), steps, seen, speeds)
-            finalists += [(name, v) for v in dict.fromkeys([*_fastest(speeds), shipped[0]])]
-        return seen, finalists
+                    self._try(name, dataclasses.replace(variant, keep_memory=True), fit.config, steps, seen, speeds)
+            finalists += [(name, v) for v in dict.fromkeys([*_fastest(speeds, count), shipped[0]])]
+        return seen, finalists, failed
 
     def _try(
-        self, name: str, variant: peers.Variant, steps: int, seen: list[dict[str, Any]],
+        self, name: str, variant: peers.Variant, config: Config, steps: int, seen: list[dict[str, Any]],
         speeds: dict[peers.Variant, float],
     ) -> None:  # fmt: skip
         """Time a few steps of a variant in a process of its own; a row to ``seen`` and, where it runs, its tokens/s."""
         row: dict[str, Any] = {"peer": name, "variant": str(variant), "tokens_per_s": None, "problem": None}
         try:
             with self.process(name, variant, "screening_cache") as arm:
-                self.start(arm)
+                self.start(arm, config)
                 timing.warm_up(arm.step_ms, limit_runs=10)
                 speeds[variant] = 1e3 * self.B * self.T / statistics.median(arm.step_ms() for _ in range(steps))
                 row["tokens_per_s"] = speeds[variant]
@@ -249,9 +336,9 @@ class _Run:
         _say(f"screening {name}: {variant}: {row['problem'] or format(speeds[variant], '.0f') + ' tokens/s'}")
 
 
-def _fastest(speeds: Mapping[peers.Variant, float]) -> list[peers.Variant]:
-    """The fastest variant and those NEAR to it, FINALISTS at most."""
-    ranked = sorted(speeds, key=lambda v: -speeds[v])[:FINALISTS]
+def _fastest(speeds: Mapping[peers.Variant, float], count: int) -> list[peers.Variant]:
+    """The fastest variant and those NEAR to it, ``count`` at most."""
+    ranked = sorted(speeds, key=lambda v: -speeds[v])[:count]
     return [v for v in ranked if speeds[v] >= (1 - NEAR) * speeds[ranked[0]]]
 
 
@@ -275,31 +362,42 @@ def equal_losses(arms: Mapping[str, tuple[Sequence[float], str]]) -> dict[str, A
 
 
 def table(result: dict[str, Any]) -> str:
-    """The record as a Markdown table with a caption that says where it was measured and how to repeat it."""
+    """The record as Markdown tables, one for each model, with captions that say where it was measured and how to
+    repeat it; below them, who was left out and why."""
     settings, machine, version = result["settings"], result["machine"], result["versions"]
-    arms = sorted(result["arms"].items(), key=lambda item: item[1]["times"]["p50_ms"])
     threads = next(iter(result["arms"].values()))["threads"]
     where = f"{machine['name']}" + (f", {threads} threads" if machine["device"] == "cpu" else "")
-    lines = [
-        f"**{settings['preset']}, T={settings['T']}, B={settings['B']}** on {where}; torch {version['torch']}, "
-        f"{settings['rounds']} interleaved rounds, commit {result['commit'][:10]}"
-        f"{' (modified)' if result['dirty'] else ''}: `{result['command']}`",
-        "",
-        "| training step | tokens/s | tritium is faster by (95 % interval) | start-up, s | peak memory, GiB |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for key, arm in arms:
-        if key in result["speedup"]:
-            ratio = result["speedup"][key]
-            faster = f"{ratio['median']:.3f} × [{ratio['low']:.3f}, {ratio['high']:.3f}]"
-        else:
-            faster = "–"
-        cells = [key, f"{arm['tokens_per_s']:.0f}"]
-        if arm["peer"] == OURS:
-            cells = [f"**{cell}**" for cell in cells]
-        cells += [faster, f"{arm['startup_s']:.1f}", f"{arm['peak_bytes'] / 2**30:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    models = settings.get("models") or {settings["preset"]: {"changed": ""}}  # version 1 had one
+    lines = []
+    for model, about in models.items():
+        title = f"{model}" + (f" ({about['changed']})" if about["changed"] else "")
+        lines += [
+            f"**{title}, T={settings['T']}, B={settings['B']}** on {where}; torch {version['torch']}, "
+            f"{settings['rounds']} interleaved rounds, commit {result['commit'][:10]}"
+            f"{' (modified)' if result['dirty'] else ''}: `{result['command']}`",
+            "",
+            "| training step | tokens/s | tritium is faster by (95 % interval) | start-up, s | peak memory, GiB |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        arms = [(key, arm) for key, arm in result["arms"].items() if arm.get("model", model) == model]
+        lines += [_row(result, key, arm) for key, arm in sorted(arms, key=lambda item: item[1]["times"]["p50_ms"])]
+        lines.append("")
+    lines += [f"{name} is left out: {reason}." for name, reason in result["peers_absent"].items()]
+    lines += [f"NOT SO: {check['name']} ({check['detail']})." for check in result["checks"] if not check["ok"]]
+    return "\n".join(lines).rstrip()
+
+
+def _row(result: dict[str, Any], key: str, arm: dict[str, Any]) -> str:
+    faster = "–"
+    if key in result["speedup"]:
+        faster = "{median:.3f} × [{low:.3f}, {high:.3f}]".format(**result["speedup"][key])
+    cells = [key, f"{arm['tokens_per_s']:.0f}"]
+    if arm["peer"] == OURS:
+        cells = [f"**{cell}**" for cell in cells]
+    elif arm["peer"] in result.get("void", []):
+        cells[0] += " (void as a baseline)"
+    cells += [faster, f"{arm['startup_s']:.1f}", f"{arm['peak_bytes'] / 2**30:.2f}"]
+    return "| " + " | ".join(cells) + " |"
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -374,7 +472,8 @@ def _check(made: argparse.ArgumentParser, a: argparse.Namespace) -> None:
             )
     for name in a.peers.split(","):
         if name not in peers.NAMES:
-            made.error(f"there is no peer {name!r}; peers: {', '.join(peers.NAMES)}")
+            close = nearest(name, peers.NAMES)
+            made.error(f"there is no peer {name!r}; the nearest are {close}. All: {', '.join(peers.NAMES)}")
     least = {"rounds": (2, ", or there is no interval"), "T": (1, ""), "B": (1, ""), "screening_steps": (0, "")}
     for field, (low, why) in least.items():
         value = getattr(a, field)
@@ -385,7 +484,8 @@ def _check(made: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``tritium bench``; exit status 0, 1 when the losses differ or an arm fails, 2 for a wrong command line."""
+    """``tritium bench peers``; exit status 0, 1 when the losses differ, an arm fails or one of peers.REQUIRED gives no
+    figure, 2 for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     made = parser()
     a, unknown = made.parse_known_args(argv)
@@ -420,6 +520,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         path = save(result, a.out or results_folder(result))
         print(f"\n{table(result)}\n\n{verdict(result)}\nwritten: {path}", flush=True)
+        for check in result["checks"]:
+            if not check["ok"]:
+                _say(f"{name}: NOT SO: {check['name']} ({check['detail']})")
+        lacking = {peer: reason for peer, reason in result["peers_absent"].items() if peer in peers.REQUIRED}
+        for peer, reason in lacking.items():
+            others = ",".join(other for other in a.peers.split(",") if other != peer)
+            _say(f"{name}: {peer} gave no figure: {reason}; or leave it out: --peers {others}")
+        status = max(status, int(bool(lacking)))
     return status
 
 

@@ -1,9 +1,11 @@
-"""Other implementations of GPT-2 to be compared with, each as fast as its users can make it.
+"""Other implementations of a GPT to be compared with, each as fast as its users can make it.
 
 A peer is a module with
 
     NAME                                          how tables call it
-    why_not() -> str | None                       None = can run here; otherwise one sentence: rule, value, remedy
+    why_not(device) -> str | None                 None = can run here; otherwise one sentence: rule, value, remedy
+    fit(model) -> (GPTConfig, str)                the nearest model that it implements, and the name of that model's
+                                                  parts; "" where it implements the model itself
     variants(device) -> list[Variant]             the settings worth trying; the fastest represents the peer
     build(config, variant, device, optim) -> Training
 
@@ -15,7 +17,9 @@ takes them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
+import importlib.metadata
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +31,9 @@ from torch import Tensor
 from tritium.engine.config import GPTConfig, OptimConfig
 from tritium.engine.precision import bf16_gain_on_cpu
 
-NAMES = ("textbook", "huggingface")
+NAMES = ("textbook", "huggingface", "huggingface_eager", "huggingface_liger", "litgpt", "torchtitan")
+REQUIRED = ("textbook", "huggingface", "litgpt")  # run on any device: a comparison without one of them is not whole
+INSTALL = "pip install 'tritium[peers]'"
 
 
 def peer(name: str) -> ModuleType:
@@ -123,60 +129,101 @@ class Training:
         return loss.detach()
 
 
-def why_not_gpt2(model: GPTConfig) -> str | None:
-    """Why a model is not GPT-2, which is all that the peers implement."""
-    plain = GPTConfig()
-    features = (
-        "position", "norm", "norm_eps", "activation", "bias", "qk_norm", "tie_head", "dropout", "label_smoothing",
-        "z_loss", "logit_softcap",
+def gpt2(model: GPTConfig) -> tuple[GPTConfig, str]:
+    """What ``fit`` gives for a peer that implements GPT-2 alone: a GPT-2 of the model's size."""
+    fitted = dataclasses.replace(
+        plainly_trained(model), position="learned", norm="layer_norm", activation="gelu", n_kv_head=0, mlp_width=0,
+        bias=True, qk_norm=False, tie_head=True,
     )  # fmt: skip
-    wrong = [f"{name}={getattr(model, name)}" for name in features if getattr(model, name) != getattr(plain, name)]
-    if model.kv_heads != model.n_head:
-        wrong.append(f"n_kv_head={model.n_kv_head}")
-    if model.hidden_width != 4 * model.n_embd:
-        wrong.append(f"mlp_width={model.mlp_width}")
-    if not wrong:
-        return None
-    return f"the peers are GPT-2s and this model has {', '.join(wrong)}; compare a preset of GPT-2's layers: gpt2_124m"
+    same = (fitted.kv_heads, fitted.hidden_width) == (model.kv_heads, model.hidden_width) and all(
+        getattr(fitted, field.name) == getattr(model, field.name)
+        for field in dataclasses.fields(GPTConfig)
+        if field.name not in ("n_kv_head", "mlp_width")
+    )
+    return (model, "") if same else (fitted, "GPT-2's parts")
+
+
+def plainly_trained(model: GPTConfig) -> GPTConfig:
+    """Without what no peer has: dropout, and terms of the loss beside the cross-entropy."""
+    return dataclasses.replace(model, dropout=0.0, logit_softcap=0.0, z_loss=0.0, label_smoothing=0.0)
+
+
+def changed(before: GPTConfig, after: GPTConfig) -> str:
+    """The fields in which two models differ, as "position=rope, ..." with the values of the second."""
+    names = [field.name for field in dataclasses.fields(GPTConfig)]
+    return ", ".join(f"{n}={getattr(after, n)}" for n in names if getattr(before, n) != getattr(after, n))
+
+
+def missing(package: str) -> str | None:
+    """Why a peer cannot run when it needs ``package``, or None when that is installed."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"needs the package {package}, which is not installed; {INSTALL}"
+    return None
 
 
 def initial_weights(model: GPTConfig, seed: int = 0) -> dict[str, Tensor]:
     """Weights in the common naming, fp32 on the CPU; a function of its arguments alone.
 
-    Wider than GPT-2's initialisation (3 × its deviation, norms and biases drawn as well), so that an implementation
-    that leaves a part out shows a different loss.
+    Beyond GPT-2's names: c_attn holds H query heads, then G key and G value heads; of a gated activation c_fc holds the
+    gate before the value; lm_head.weight (V, C) is there when the head is not tied. Wider than GPT-2's initialisation
+    (3 × its deviation, norms and biases drawn as well), so that an implementation that leaves a part out shows a
+    different loss.
     """
     generator = torch.Generator().manual_seed(seed)
     C, std = model.n_embd, 3 * model.init_std
+    D, H, G, F = model.head_width, model.n_head, model.kv_heads, model.hidden_width
+    up = 2 * F if model.activation in ("swiglu", "geglu") else F
 
     def normal(*shape: int, std: float = std, mean: float = 0.0) -> Tensor:
         return torch.empty(shape).normal_(mean, std, generator=generator)
 
-    weights = {"wte.weight": normal(model.vocab_size, C), "wpe.weight": normal(model.block_size, C)}
+    weights: dict[str, Tensor] = {}
+
+    def norm(name: str) -> None:
+        weights[f"{name}.weight"] = normal(C, std=0.2, mean=1.0)
+        if model.norm == "layer_norm" and model.bias:
+            weights[f"{name}.bias"] = normal(C, std=0.2)
+
+    weights["wte.weight"] = normal(model.vocab_size, C)
+    if model.position == "learned":
+        weights["wpe.weight"] = normal(model.block_size, C)
+    shapes = {"attn.c_attn": (C, (H + 2 * G) * D), "attn.c_proj": (H * D, C), "mlp.c_fc": (C, up), "mlp.c_proj": (F, C)}
     for layer in range(model.n_layer):
         h = f"h.{layer}."
-        for norm in ("ln_1", "ln_2"):
-            weights[f"{h}{norm}.weight"], weights[f"{h}{norm}.bias"] = normal(C, std=0.2, mean=1.0), normal(C, std=0.2)
-        shapes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+        norm(f"{h}ln_1")
+        norm(f"{h}ln_2")
         for name, shape in shapes.items():
             narrow = std / math.sqrt(2 * model.n_layer) if name.endswith("c_proj") else std
-            weights[f"{h}{name}.weight"], weights[f"{h}{name}.bias"] = normal(*shape, std=narrow), normal(shape[1])
-    weights["ln_f.weight"], weights["ln_f.bias"] = normal(C, std=0.2, mean=1.0), normal(C, std=0.2)
+            weights[f"{h}{name}.weight"] = normal(*shape, std=narrow)
+            if model.bias:
+                weights[f"{h}{name}.bias"] = normal(shape[1])
+    norm("ln_f")
+    if not model.tie_head:
+        weights["lm_head.weight"] = normal(model.vocab_size, C)
     return weights
 
 
-def rename(weights: Mapping[str, Tensor], parts: Mapping[str, str]) -> dict[str, Tensor]:
-    """The common naming → blocks.LAYER.PART and norm, matrices turned to (out, in); parts: the common name of a part
-    → PART.
+def rename(
+    weights: Mapping[str, Tensor],
+    parts: Mapping[str, str],
+    *,
+    blocks: str = "blocks",
+    others: Mapping[str, str] = {"ln_f": "norm", "lm_head": "head"},
+) -> dict[str, Tensor]:
+    """The common naming → BLOCKS.LAYER.PART, matrices of blocks turned to (out, in).
+
+    parts: the common name of a part → PART. others: the same outside the blocks; what it lacks keeps its name.
     """
     renamed = {}
     for name, value in weights.items():
         stem, _, kind = name.rpartition(".")
         if stem.startswith("h."):
             _, layer, part = stem.split(".", 2)
-            stem = f"blocks.{layer}.{parts[part]}"
+            stem = f"{blocks}.{layer}.{parts[part]}"
             value = value.t() if value.ndim == 2 else value
-        renamed[f"{'norm' if stem == 'ln_f' else stem}.{kind}"] = value
+        renamed[f"{others.get(stem, stem)}.{kind}"] = value
     return renamed
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritium.benchmarks import peers
 from tritium.benchmarks.peers import Training, Variant, fast_bf16
 from tritium.engine.config import GPTConfig, OptimConfig
 
@@ -22,12 +23,11 @@ CAUSAL = "mask-free sdpa"
 CAUSAL_OWN_LOSS = f"{CAUSAL}, {OWN_LOSS}"
 
 
-def why_not() -> str | None:
-    try:
-        importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        return "needs the package transformers, which is not installed; pip install transformers"
-    return None
+fit = peers.gpt2
+
+
+def why_not(device: str = "cpu") -> str | None:
+    return peers.missing("transformers")
 
 
 def variants(device: str) -> list[Variant]:
@@ -53,7 +53,7 @@ def variants(device: str) -> list[Variant]:
     return found
 
 
-def _register_causal_sdpa() -> str:
+def register_causal_sdpa() -> str:
     """Register SDPA without a mask: transformers builds none for an attention function it does not know."""
     from transformers import AttentionInterface
 
@@ -66,24 +66,30 @@ def _register_causal_sdpa() -> str:
     return "causal_sdpa"
 
 
+def gpt2(model: GPTConfig, V: int, attention: str, device: str) -> Any:
+    """A GPT2LMHeadModel of the model's shape with V rows in its table, in training mode."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=V, n_positions=model.block_size, n_embd=model.n_embd, n_layer=model.n_layer, n_head=model.n_head,
+        layer_norm_epsilon=model.norm_eps, activation_function="gelu_new", resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    config._attn_implementation = attention
+    with torch.device(device):
+        module = GPT2LMHeadModel(config).train()
+    module.loss_type = "ForCausalLM"  # left unset it is found anew, with a log line, in every forward: a graph break
+    return module
+
+
 def build(
     model: GPTConfig, variant: Variant = Variant(), device: str = "cpu", optim: OptimConfig = OptimConfig()
 ) -> Training:
     """A GPT2LMHeadModel of the model's shape, randomly initialised, ready to train."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     if variant.padded and OWN_LOSS in variant.extra:
         raise ValueError(f"{variant}: its loss counts the padding of the vocabulary; use padded=False")
-    config = GPT2Config(
-        vocab_size=model.padded_vocab_size if variant.padded else model.vocab_size, n_positions=model.block_size,
-        n_embd=model.n_embd, n_layer=model.n_layer, n_head=model.n_head, layer_norm_epsilon=model.norm_eps,
-        activation_function="gelu_new", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-        bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
-    )  # fmt: skip
-    config._attn_implementation = _register_causal_sdpa() if CAUSAL in variant.extra else "sdpa"
-    with torch.device(device):
-        module = GPT2LMHeadModel(config).train()
-    module.loss_type = "ForCausalLM"  # left unset it is found anew, with a log line, in every forward: a graph break
+    attention = register_causal_sdpa() if CAUSAL in variant.extra else "sdpa"
+    module = gpt2(model, model.padded_vocab_size if variant.padded else model.vocab_size, attention, device)
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         if OWN_LOSS in variant.extra:
@@ -91,7 +97,9 @@ def build(
         logits = module(input_ids=ids, use_cache=False).logits.flatten(0, 1)[:, : model.vocab_size]
         return F.cross_entropy(logits, targets.flatten()).float()
 
-    def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {f"transformer.{name}": value for name, value in weights.items()}
-
     return Training(module, loss, rename, variant, device, optim)
+
+
+def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The common naming → GPT2LMHeadModel's."""
+    return {f"transformer.{name}": value for name, value in weights.items()}

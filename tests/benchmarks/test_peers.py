@@ -1,17 +1,27 @@
 """The peers compute what tritium computes, step after step; and a peer that does not is found out."""
 
 import dataclasses
+import importlib.util
+import pathlib
+import sys
 
 import pytest
 import torch
 
 from tritium.benchmarks import ours, peers
-from tritium.benchmarks.peers import huggingface, textbook
+from tritium.benchmarks.peers import huggingface, huggingface_liger, litgpt, textbook, torchtitan
 from tritium.benchmarks.throughput import LOSS_STEPS, equal_losses
 from tritium.engine import presets
 from tritium.engine.config import Config, GPTConfig, TrainConfig
+from tritium.kernels.rope.reference import rope
 
+FAKES = str(pathlib.Path(__file__).with_name("fakes"))
 MODEL = GPTConfig(vocab_size=500, vocab_multiple=64, block_size=48, n_layer=2, n_head=2, n_embd=64)
+LLAMA = GPTConfig(
+    vocab_size=449, vocab_multiple=64, block_size=48, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, mlp_width=96,
+    position="rope", rope_theta=500.0, norm="rms_norm", activation="swiglu", bias=False, tie_head=False,
+)  # fmt: skip
+INSTALLED = [name for name in peers.NAMES if peers.peer(name).why_not("cpu") is None]
 EAGER = peers.Variant(compile="false")
 
 
@@ -25,19 +35,139 @@ def own_losses(precision="fp32", model=MODEL):
     return losses(ours.build(config, "cpu", 2), model)
 
 
+def arms_of(module, model, precision="fp32"):
+    """The losses of every variant, eager, on ``model``, and of tritium's arm of the model that the peer was given."""
+    fitted, _ = module.fit(model)
+    arms = {"tritium": (own_losses(precision, fitted), precision)}
+    variants = {*module.variants("cpu"), *module.variants("cuda")}
+    for variant in sorted({dataclasses.replace(v, precision=precision, compile="false") for v in variants}, key=str):
+        arms[str(variant)] = (losses(module.build(fitted, variant), fitted), precision)
+    return arms
+
+
+@pytest.fixture
+def with_litgpt(monkeypatch):
+    """The real litgpt where it is installed, else the fake with its layouts."""
+    if importlib.util.find_spec("litgpt") is None:
+        monkeypatch.syspath_prepend(FAKES)
+    yield
+    for name in [n for n in sys.modules if n.split(".")[0] == "litgpt" and "fakes" in str(sys.modules[n].__file__)]:
+        del sys.modules[name]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_variant_of_every_peer_trains_alike(precision):
-    arms = {"tritium": (own_losses(precision), precision)}
-    for name in peers.NAMES:
-        module = peers.peer(name)
-        assert module.why_not() is None
-        variants = {*module.variants("cpu"), *module.variants("cuda")}
-        for variant in {dataclasses.replace(v, precision=precision, compile="false") for v in variants}:
-            arms[f"{name} {variant}"] = (losses(module.build(MODEL, variant)), precision)
-    assert len(arms) >= 7
-    equal = equal_losses(arms)
+    assert {"textbook", "huggingface", "huggingface_eager"} <= set(INSTALLED)
+    for name in INSTALLED:
+        arms = arms_of(peers.peer(name), MODEL, precision)
+        assert len(arms) >= 3
+        equal = equal_losses(arms)
+        assert equal["ok"], equal["problems"]
+        assert 0 <= equal["worst_relative"] < (1e-5 if precision == "fp32" else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (MODEL, "litgpt's parts"),
+        (LLAMA, ""),
+        (dataclasses.replace(MODEL, position="rope", rope_fraction=0.5, activation="geglu"), ""),
+    ],
+    ids=("gpt2", "llama", "geglu"),
+)
+def test_litgpt_trains_alike_at_the_nearest_model_that_it_has(model, words, with_litgpt):
+    fitted, said = litgpt.fit(model)
+    assert said == words
+    assert peers.changed(model, fitted) == ("position=rope" if words else "")
+    equal = equal_losses(arms_of(litgpt, model))
     assert equal["ok"], equal["problems"]
-    assert 0 < equal["worst_relative"] < (1e-5 if precision == "fp32" else 2e-3)
+
+
+@pytest.mark.parametrize("model", [MODEL, LLAMA], ids=("gpt2", "llama"))
+@pytest.mark.parametrize("name", INSTALLED)
+def test_every_peer_trains_alike_at_the_nearest_model_that_it_has(name, model):
+    module = peers.peer(name)
+    fitted, words = module.fit(model)
+    assert (words == "") == (fitted == model)
+    assert module.fit(fitted) == (fitted, "")
+    equal = equal_losses(arms_of(module, model))
+    assert equal["ok"], equal["problems"]
+
+
+def test_litgpts_parts_are_the_nearest():
+    odd = dataclasses.replace(MODEL, activation="relu2", bias=False, qk_norm=True, dropout=0.1, z_loss=1e-4)
+    fitted, _ = litgpt.fit(odd)
+    assert (fitted.activation, fitted.bias, fitted.qk_norm) == ("gelu", True, False)
+    assert (fitted.dropout, fitted.z_loss) == (0.0, 0.0)
+    rms, _ = litgpt.fit(dataclasses.replace(odd, norm="rms_norm"))
+    assert not rms.bias
+
+
+def test_torchtitans_parts_are_llamas():
+    fitted, words = torchtitan.fit(MODEL)
+    assert words == "Llama's parts"
+    assert torchtitan.fit(LLAMA) == (LLAMA, "")
+    assert (fitted.n_layer, fitted.n_embd, fitted.tie_head) == (MODEL.n_layer, MODEL.n_embd, MODEL.tie_head)
+    assert (fitted.position, fitted.norm, fitted.activation, fitted.bias) == ("rope", "rms_norm", "swiglu", False)
+
+
+def test_rows_that_turn_neighbours_give_the_scores_of_rows_that_turn_halves():
+    H, D, C, T = 2, 8, 6, 5
+    wq, wk = torch.randn(2, H * D, C).unbind()
+    x = torch.randn(1, T, C)
+    angle = torch.arange(T)[:, None] * 0.3 ** torch.arange(D // 2)
+
+    def scores(q, k):
+        return torch.einsum("bihd,bjhd->bhij", q, k)
+
+    wanted = scores(*rope(*((x @ w.t()).view(1, T, H, D) for w in (wq, wk)), angle.cos(), angle.sin()))
+    turned = []
+    for w in (wq, wk):
+        pairs = (x @ torchtitan._adjacent(w, D).t()).view(1, T, H, D // 2, 2)
+        z = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones(()), angle)[None, :, None]
+        turned.append(torch.view_as_real(z).flatten(3))
+    assert torch.allclose(scores(*turned), wanted, atol=1e-5)
+
+
+def test_torchtitans_projection_holds_each_key_head_below_its_queries():
+    G, D = 2, 3
+    q = torch.arange(4 * D)[:, None].float()
+    k, v = 100 + torch.arange(G * D)[:, None].float(), 200 + torch.arange(G * D)[:, None].float()
+    rows = torchtitan._grouped(q, k, v, G, D)[:, 0].tolist()
+    assert rows == [0, 1, 2, 3, 4, 5, 100, 101, 102, 200, 201, 202, 6, 7, 8, 9, 10, 11, 103, 104, 105, 203, 204, 205]
+
+
+def test_a_peer_that_cannot_run_says_how_it_could(monkeypatch):
+    monkeypatch.setattr(peers.importlib.metadata, "version", nothing_is_installed)
+    for name, package in (("huggingface", "transformers"), ("litgpt", "litgpt"), ("torchtitan", "torchtitan")):
+        wanted = f"needs the package {package}, which is not installed; pip install 'tritium[peers]'"
+        assert peers.peer(name).why_not("cpu") == wanted
+    assert textbook.why_not("cpu") is None
+
+
+def nothing_is_installed(package):
+    raise peers.importlib.metadata.PackageNotFoundError(package)
+
+
+def test_what_is_installed_and_cannot_run_says_why(monkeypatch):
+    monkeypatch.setattr(peers.importlib.metadata, "version", lambda package: "1.0")
+    reason = huggingface_liger.why_not("cpu")
+    assert "for GPUs and this device is cpu; use --device cuda" in reason
+    assert huggingface_liger.why_not("cuda") is None
+
+    def fails(name):
+        raise RuntimeError("no such op in this torch")
+
+    monkeypatch.setattr(torchtitan.importlib, "import_module", fails)
+    reason = torchtitan.why_not("cpu")
+    assert f"beside torch {torch.__version__}: RuntimeError: no such op in this torch; install a torchtitan" in reason
+
+
+def test_a_loss_that_counts_padding_is_not_given_any():
+    for module, extra in ((huggingface, huggingface.OWN_LOSS), (litgpt, litgpt.OWN_LOSS)):
+        assert all(not v.padded for v in module.variants("cpu") if extra in v.extra)
+    with pytest.raises(ValueError, match="counts the padding"):
+        huggingface.build(MODEL, dataclasses.replace(EAGER, extra=huggingface.OWN_LOSS))
 
 
 def test_an_exact_and_a_padded_vocabulary_give_one_loss():
@@ -110,10 +240,26 @@ def test_weights_that_do_not_fit_are_refused():
         training.load(weights | {"wpe.weight": torch.zeros(48, 65)})
 
 
-def test_only_gpt2s_are_compared():
+def test_weights_of_every_part_reach_tritiums_model():
+    untied = dataclasses.replace(LLAMA, norm="layer_norm", bias=True)
+    for model in (MODEL, LLAMA, untied):
+        weights = peers.initial_weights(model)
+        training = ours.build(Config(model=model, train=TrainConfig(compile="false")), "cpu", 2)
+        training.load(weights)
+        assert ("lm_head.weight" in weights) == (not model.tie_head)
+        assert (
+            sum(w.numel() for w in weights.values())
+            == sum(p.numel() for p in training.engine.model.parameters())
+            - (1 if model.tie_head else 2) * (model.padded_vocab_size - model.vocab_size) * model.n_embd
+        )
+
+
+def test_gpt2s_are_compared_as_they_are():
     for name in ("gpt2_124m", "gpt2_1558m"):
-        assert peers.why_not_gpt2(presets.load(name).model) is None
-    reason = peers.why_not_gpt2(presets.load("llama_8b").model)
-    assert reason is not None
-    assert "rms_norm" in reason
-    assert "n_kv_head=8" in reason
+        model = presets.load(name).model
+        assert textbook.fit(model) == (model, "")
+    model = presets.load("llama_8b").model
+    fitted, words = textbook.fit(model)
+    assert words == "GPT-2's parts"
+    assert "norm=layer_norm" in peers.changed(model, fitted)
+    assert (fitted.n_layer, fitted.kv_heads, fitted.hidden_width) == (32, 32, 4 * 4096)

@@ -1,12 +1,12 @@
-"""``tritium bench`` from the command line to the record, on a model of a few thousand parameters."""
+"""``tritium bench peers`` from the command line to the record, on a model of a few thousand parameters."""
 
 import dataclasses
 import json
 
 import pytest
 
-from tritium.benchmarks import arm, peers, throughput
-from tritium.benchmarks.peers import textbook
+from tritium.benchmarks import arm, compare, peers, record, throughput
+from tritium.benchmarks.peers import huggingface, textbook
 from tritium.engine import presets
 from tritium.engine.config import Config, GPTConfig, TrainConfig
 
@@ -45,17 +45,27 @@ def test_a_comparison_leaves_a_record_and_a_table(tmp_path, capsys):
         assert fact["tokens_per_s"] == pytest.approx(1e3 * 32 / fact["times"]["p50_ms"])
         assert fact["startup_s"] > 0
         assert fact["peak_bytes"] > 0
+    assert result["settings"]["models"].keys() == {"few"}
+    assert {fact["model"] for fact in (mine, other)} == {"few"}
+    figures = {figure["name"]: figure for figure in result["figures"]}
+    assert figures.keys() == {f"{ours} tokens/s", f"{theirs} tokens/s"}
+    assert figures[f"{ours} tokens/s"]["better"] == "higher"
+    assert len(figures[f"{ours} tokens/s"]["samples"]) == 6
+    assert [(check["name"], check["ok"]) for check in result["checks"]] == [("equal losses", True)]
+    assert result["sources"].keys() == {f"{row['op']}.{row['backend']}" for row in result["kernels"]}
     table, shown = (tmp_path / "throughput.md").read_text(), capsys.readouterr().out
     assert table.strip() in shown
     assert f"| **{ours}** |" in table
     assert "lower bound is" in shown
+    assert compare.main([str(tmp_path), str(tmp_path), "--gate", "0.5"]) == 0
 
 
 class FakeArm:
     """Stands for a process: each arm has its own losses and its own speed."""
 
-    losses_of = {"tritium": [6.0, 5.9, 5.8], "textbook": [6.0, 5.9, 5.8]}
-    ms_of = {"tritium": 100.0, "textbook": 120.0}
+    losses_of = {name: [6.0, 5.9, 5.8] for name in ("tritium", *peers.NAMES)}
+    ms_of = {**dict.fromkeys(peers.NAMES, 130.0), "tritium": 100.0, "textbook": 120.0}
+    alive = 0
 
     def __init__(self, name, variant, cache, stderr):
         self.name, self.runs = name, 0
@@ -63,17 +73,19 @@ class FakeArm:
         self.kept = variant is not None and variant["keep_memory"]
 
     def __enter__(self):
+        FakeArm.alive += 1
         return self
 
     def __exit__(self, *exc):
-        return None
+        FakeArm.alive -= 1
 
     def start(self, config, B, T, device, seed):
+        self.config = config
         if self.mode == "no such mode":
             raise arm.ArmError("this mode does not exist")
         kernels = (
             []
-            if self.name == "textbook"
+            if self.name != "tritium"
             else [{"site": "x", "op": "gelu", "phase": "train", "backend": "reference", "why": "x"}]
         )
         return {
@@ -152,7 +164,7 @@ def test_kernels_that_cannot_be_had_end_it_with_the_reason(tmp_path, monkeypatch
         (["few", "--screening-steps", "-1"], "--screening-steps must be at least 0; it is -1"),
         (["few", "--seed", "-1"], "--seed must be from 0 to 9223372036854775807; it is -1"),
         (["few", "--seed", "9223372036854775808"], "it is 9223372036854775808"),
-        (["few", "--peers", "jax"], "no peer 'jax'"),
+        (["few", "--peers", "litgtp"], "no peer 'litgtp'; the nearest are litgpt, "),
         (["few", "--rounds", "1"], "at least 2"),
     ],
 )
@@ -163,12 +175,137 @@ def test_a_wrong_command_line_says_what_there_is(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_model_that_peers_do_not_have_is_compared_with_gpt2s_parts_and_named_so(monkeypatch):
+def run_with(tmp_path, names, *more):
+    """The command with these peers, compared by fakes; its record."""
+    status = throughput.main(
+        ["few", "--T", "16", "--rounds", "3", "--peers", names, "--screening-steps", "0", "--out", str(tmp_path), *more]
+    )
+    return status, record.read(tmp_path / "throughput_few_T16_B2.json")
+
+
+@pytest.fixture
+def all_installed(monkeypatch):
+    monkeypatch.setattr(throughput, "ArmProcess", FakeArm)
+    monkeypatch.setattr(peers, "missing", lambda package: None)
+    monkeypatch.setattr(peers.peer("torchtitan"), "why_not", lambda device: None)
+
+
+def test_a_peer_is_compared_with_tritium_at_a_model_that_it_has(tmp_path, monkeypatch, capsys, all_installed):
+    started = []
+
+    class Watched(FakeArm):
+        def start(self, config, B, T, device, seed):
+            started.append((self.name, config.name, config.model.position, config.model.norm, FakeArm.alive))
+            return super().start(config, B, T, device, seed)
+
+    monkeypatch.setattr(throughput, "ArmProcess", Watched)
+    monkeypatch.setitem(FakeArm.ms_of, "litgpt", 110.0)
+    status, result = run_with(tmp_path, "textbook,litgpt,torchtitan", "--B", "2")
+    assert status == 0
+    assert started == [
+        ("tritium", "few", "learned", "layer_norm", 1),
+        ("textbook", "few", "learned", "layer_norm", 2),
+        ("tritium", "few with litgpt's parts", "rope", "layer_norm", 1),  # the others have ended
+        ("litgpt", "few with litgpt's parts", "rope", "layer_norm", 2),
+        ("tritium", "few with Llama's parts", "rope", "rms_norm", 1),
+        ("torchtitan", "few with Llama's parts", "rope", "rms_norm", 2),
+    ]
+    assert result["settings"]["models"]["few with litgpt's parts"]["changed"] == "position=rope"
+    assert result["best_peer"] == "litgpt: fp32 default [litgpt's parts]"
+    assert result["speedup"].keys() == {key for key, fact in result["arms"].items() if fact["peer"] != "tritium"}
+    table = capsys.readouterr().out
+    titles = [line for line in table.splitlines() if line.startswith("**few")]
+    assert len(titles) == 3
+    assert titles[1].startswith("**few with litgpt's parts (position=rope), T=16, B=2**")
+    below = table[table.index(titles[1]) : table.index(titles[2])]
+    assert "litgpt: " in below and "tritium: " in below and "textbook: " not in below
+
+
+def test_losses_are_compared_within_a_model(tmp_path, monkeypatch, capsys, all_installed):
+    monkeypatch.setitem(FakeArm.losses_of, "litgpt", [6.0, 5.9, 5.7])
+    with pytest.raises(record.RecordError):
+        run_with(tmp_path, "textbook,litgpt", "--B", "2")  # nothing was written
+    shown = capsys.readouterr().err
+    assert "litgpt: fp32 default [litgpt's parts] 5.7" in shown
+
+
+@pytest.mark.parametrize(("theirs_ms", "void"), [(90.0, True), (120.0, False), (130.0, False)])
+def test_plain_pytorch_slower_than_transformers_is_void_as_a_baseline(tmp_path, capsys, monkeypatch, all_installed,
+                                                                      theirs_ms, void):  # fmt: skip
+    """textbook takes 120 ms; transformers, compiled, theirs_ms."""
+    monkeypatch.setitem(FakeArm.ms_of, "huggingface", theirs_ms)
+    status, result = run_with(tmp_path, "textbook,huggingface", "--B", "2")
+    assert status == 0
+    check = {check["name"]: check for check in result["checks"]}[
+        "textbook is at least as fast as huggingface, compiled"
+    ]
+    assert check["ok"] != void
+    assert f"{theirs_ms / 120:.2f}"[:4] in check["detail"]
+    shown = capsys.readouterr()
+    assert result["void"] == (["textbook"] if void else [])
+    assert ("(void as a baseline) |" in shown.out) == void
+    assert ("NOT SO: textbook is at least as fast" in shown.err) == void
+    assert ("NOT SO: textbook is at least as fast" in shown.out) == void
+    if void:
+        assert result["best_peer"].startswith("huggingface")
+
+
+@pytest.mark.parametrize("name", peers.REQUIRED)
+def test_a_required_peer_without_figures_is_status_1(tmp_path, capsys, monkeypatch, all_installed, name):
+    monkeypatch.setattr(peers.peer(name), "why_not", lambda device: "needs a package; install it")
+    others = [peer for peer in peers.REQUIRED if peer != name]
+    status, result = run_with(tmp_path, ",".join(peers.REQUIRED), "--B", "2")
+    assert status == 1
+    assert result["peers_absent"] == {name: "needs a package; install it"}
+    assert {fact["peer"] for fact in result["arms"].values()} == {"tritium", *others}
+    shown = capsys.readouterr()
+    assert (
+        f"{name} gave no figure: needs a package; install it; or leave it out: --peers {','.join(others)}" in shown.err
+    )
+    assert f"{name} is left out: needs a package; install it" in shown.out
+
+
+def test_a_peer_that_is_not_required_says_why_not_and_is_left_out(tmp_path, capsys, monkeypatch, all_installed):
+    monkeypatch.setattr(peers.peer("torchtitan"), "why_not", lambda device: "needs another torch")
+    status, result = run_with(tmp_path, "textbook,torchtitan,huggingface_liger", "--B", "2")
+    assert status == 0
+    assert result["peers_absent"]["torchtitan"] == "needs another torch"
+    assert "for GPUs" in result["peers_absent"]["huggingface_liger"]
+    assert "torchtitan is left out: needs another torch." in capsys.readouterr().out
+
+
+def test_a_required_peer_of_which_no_variant_runs_is_status_1(tmp_path, capsys, monkeypatch, all_installed):
+    monkeypatch.setattr(huggingface, "variants", lambda device: [peers.Variant(compile="no such mode")])
+    argv = ["few", "--T", "16", "--B", "2", "--rounds", "2", "--screening-steps", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(textbook, "variants", lambda device: [peers.Variant()])
+    assert throughput.main([*argv, "--peers", "textbook,huggingface"]) == 1
+    assert "huggingface gave no figure: no variant of it runs here: this mode does not exist" in capsys.readouterr().err
+    assert (tmp_path / "throughput_few_T16_B2.json").exists()
+    assert throughput.main([*argv, "--peers", "huggingface"]) == 1
+    assert "there is no peer to compare with: huggingface no variant" in capsys.readouterr().err
+
+
+def test_a_model_that_is_no_gpt2_is_compared_with_gpt2s_parts_and_named_so(tmp_path, monkeypatch, all_installed):
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, norm="rms_norm", position="rope"))
     monkeypatch.setattr(presets, "load", lambda name: other)
-    config = throughput.shaped("few", 16)
-    assert config.name == "few with GPT-2's parts"
-    assert (config.model.norm, config.model.position) == ("layer_norm", "learned")
-    assert (config.model.n_layer, config.model.n_embd) == (MODEL.n_layer, MODEL.n_embd)
-    with pytest.raises(ValueError, match="norm=rms_norm"):
-        throughput.bench_train(other, 16, 2)
+    assert throughput.shaped("few", 64).model == dataclasses.replace(other.model, block_size=64)
+    _, result = run_with(tmp_path, "textbook", "--B", "2")
+    assert result["settings"]["models"]["few with GPT-2's parts"]["changed"] == "position=learned, norm=layer_norm"
+    assert list(result["arms"]) == ["tritium: fp32 [GPT-2's parts]", "textbook: fp32 false [GPT-2's parts]"]
+
+
+def test_a_model_that_a_peer_cannot_have_is_a_reason(tmp_path, monkeypatch, all_installed):
+    odd = dataclasses.replace(MODEL, n_embd=30, n_head=2)  # heads of 15 channels have no pairs to turn
+    monkeypatch.setattr(presets, "load", lambda name: dataclasses.replace(CONFIG, model=odd))
+    status, result = run_with(tmp_path, "textbook,litgpt", "--B", "2")
+    assert status == 1
+    assert "must be even" in result["peers_absent"]["litgpt"]
+
+
+def test_tables_of_committed_records_can_be_drawn():
+    paths = list((record.ROOT / "benchmarks" / "results" / "cpu").glob("throughput_*.json"))
+    assert paths
+    for path in paths:
+        found = record.read(path)
+        table = throughput.table(found)
+        assert table.count("\n| ") == len(found["arms"]) + 1
