@@ -1,8 +1,9 @@
 """Where the time of a training step goes: one row for each class of work, and what it could be at best.
 
 A few steps run under torch.profiler. On a CPU every moment of the step belongs to the innermost event that was open
-(events nest on one thread), so the rows add up to the step. On a GPU a row is the time of its kernels, *gaps* is the
-time in which the device had nothing to do, and *communication* only what no other kernel hides.
+(events nest on one thread), so the rows add up to the step. On a GPU a row is the time of its kernels, each of which
+belongs where the host launched it; *gaps* is the time in which the device had nothing to do, and *communication* only
+what no other kernel hides.
 
 Which row an event belongs to:
   - eager: the call site of the op it ran under (every site is marked for the occasion), in backward too, by the number
@@ -14,7 +15,7 @@ Which row an event belongs to:
 
 from __future__ import annotations
 
-import collections
+import bisect
 import contextlib
 import pathlib
 import re
@@ -54,15 +55,17 @@ OP_ROWS = {
 }  # fmt: skip
 PRODUCT = re.compile(
     r"^aten::(mm|addmm|bmm|baddbmm|addbmm|matmul|linear|_scaled_mm|dot|mv)$"
-    r"|gemm|cublas|cutlass|^nvjet|_mkl_linear|mkldnn_linear|onednn|wgrad|tritium::linear_(?!cross)",
+    r"|gemm|cublas|cutlass|^nvjet|_mkl_linear|mkldnn_linear|onednn|wgrad|tritium::linear_(?!cross)"
+    r"|^triton_tem_fused_(add)?(b?mm|baddbmm)",
     re.IGNORECASE,
 )
+# before all else: attention's kernels carry the names of what they are written with (cutlass) and compute with (gemm)
+ATTENTION = re.compile(r"attention|flash_?(fwd|bwd|fprop|bprop)|flash::|fmha|sdpa", re.IGNORECASE)
 # class → what names it, in the order in which they are looked for
 CLASSES = {
     "communication": re.compile(r"nccl|c10d::|gloo", re.IGNORECASE),
     "host to device": re.compile(r"memcpy h(to|2)d|memcpy htod", re.IGNORECASE),
-    "attention": re.compile(r"attention|flash_(fwd|bwd|fprop|bprop)|fmha|sdpa", re.IGNORECASE),
-    "optimizer": re.compile(r"adamw|fused_adam|global_norm|_foreach_norm|foreach_norm", re.IGNORECASE),
+    "optimizer": re.compile(r"adamw|fused_?adam|global_norm|_foreach_norm|foreach_norm|LpNormFunctor", re.IGNORECASE),
     "loss": re.compile(r"cross_entropy|log_softmax|logsumexp|nll_loss", re.IGNORECASE),
     "activation": re.compile(r"gelu|silu|swiglu|geglu|relu|threshold_backward|_erf(_|$)|_tanh(_|$)|sigmoid"),
     "embedding": re.compile(r"embedding|index_select"),
@@ -74,14 +77,14 @@ HOST = re.compile(
     r"|^Torch-Compiled|AOTDispatcher|^cuda[A-Z]|^cu[A-Z]|^Inductor|^ProfilerStep|Runtime Wrapper|Optimizer\."
 )
 ELEMENTWISE = re.compile(r"^aten::|^graph_\d+_|^triton_|elementwise|vectorized|reduce_kernel|fused_|[Mm]em(cpy|set)")
+LAUNCH = re.compile(r"^(cuda|cu|hip)[A-Z]")  # the host's calls of the device's runtime and driver
 RANGES = {"tritium::data": "data wait", "tritium::to_device": "host to device", "tritium::optimizer": "optimizer"}
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something the profiler saw. Times in microseconds. parent: index of the event it ran inside, -1: none.
-    sequence: autograd's number for a forward operator and its gradient, -1: none. kernels: (name, microseconds) of what
-    it launched on a device."""
+    """Something that the profiler saw on the host. Times in microseconds. parent: index of the event it ran inside, -1:
+    none. sequence: autograd's number for a forward operator and its gradient, -1: none."""
 
     name: str
     start: float
@@ -89,14 +92,27 @@ class Event:
     parent: int = -1
     sequence: int = -1
     backward: bool = False
-    kernels: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Something that ran on a device. Times in microseconds. launched: index of the event of the host in which it was
+    launched, -1: not known."""
+
+    name: str
+    start: float
+    end: float
+    launched: int = -1
 
 
 def classify(name: str) -> str | None:
     """The row of a kernel or operator by its name alone; None for one that tells nothing (host work, plain additions).
 
-    Products of matrices come first: ``tritium::linear_cross_entropy`` is a loss, the ``aten::mm`` in it a GEMM.
+    Products of matrices come before the other classes: ``tritium::linear_cross_entropy`` is a loss, the ``aten::mm`` in
+    it a GEMM.
     """
+    if ATTENTION.search(name):
+        return "attention"
     if PRODUCT.search(name):
         return "GEMM"
     return next((row for row, pattern in CLASSES.items() if pattern.search(name)), None)
@@ -167,17 +183,11 @@ def cpu_rows(events: Sequence[Event]) -> Times:
     return found
 
 
-def device_rows(
-    events: Sequence[Event], timeline: Sequence[tuple[str, float, float]], start: float, end: float
-) -> Times:
-    """The same for a GPU. events: the host's, whose ``kernels`` give each kernel its row; timeline: (name, start, end)
-    of everything that ran on the device between ``start`` and ``end``, in microseconds. Where streams overlap, a moment
-    counts for the row that began first; communication only where it is alone. While the host waits for data, an idle
-    device waits for it too: that is no gap."""
-    launched: dict[str, collections.Counter[tuple[str, bool]]] = {}
-    for event, row, backward in zip(events, rows_of(events), _in_backward(events), strict=True):
-        for name, us in event.kernels:
-            launched.setdefault(name, collections.Counter())[row, backward] += max(us, 1e-3)  # type: ignore[assignment]
+def device_rows(events: Sequence[Event], kernels: Sequence[Kernel], start: float, end: float) -> Times:
+    """The same for a GPU. events: the host's; kernels: everything that ran on the device between ``start`` and ``end``.
+    Where streams overlap, a moment counts for the row that began first; communication only where it is alone. While the
+    host waits for data, an idle device waits for it too: that is no gap."""
+    rows, backward = rows_of(events), _in_backward(events)
     found: Times = {}
 
     def add(row: str, name: str, us: float, backward: bool = False) -> None:
@@ -186,18 +196,19 @@ def device_rows(
             names[name, backward] = names.get((name, backward), 0.0) + us / 1e3
 
     covered: list[tuple[float, float]] = []
-    at = start
-    for s, e, name in sorted((s, e, n) for n, s, e in timeline if classify(n) != "communication"):
-        us = e - max(s, at)
-        if us > 0:
-            covered.append((max(s, at), e))
-        by = launched.get(name, collections.Counter({("gaps", False): 1.0}))
-        row, backward = max(by, key=lambda key: by[key])
-        if row == "gaps":  # the host does not say: the kernel's own name
-            row = "elementwise" if ELEMENTWISE.search(name) else "other"
-        add(classify(name) or row, name, us, backward)
-        at = max(at, e)
-    alone = _uncovered(sorted((s, e) for n, s, e in timeline if classify(n) == "communication"), covered)
+    messages, at = [], start
+    for kernel in sorted(kernels, key=lambda k: (k.start, k.end)):
+        if classify(kernel.name) == "communication":
+            messages.append((kernel.start, kernel.end))
+            continue
+        begin = max(kernel.start, at)
+        if kernel.end > begin:
+            covered.append((begin, kernel.end))
+        known = kernel.launched >= 0
+        row = _row_of(kernel, rows[kernel.launched] if known else "gaps")
+        add(row, kernel.name, kernel.end - begin, known and backward[kernel.launched])
+        at = max(at, kernel.end)
+    alone = _uncovered(messages, covered)
     add("communication", "exposed", alone)
     idle = (end - start) - sum(e - s for s, e in covered) - alone
     wait = [(e.start, e.end) for e in events if RANGES.get(e.name) == "data wait"]
@@ -205,6 +216,14 @@ def device_rows(
     add("data wait", "wait", waited)
     add("gaps", "idle", idle - waited)
     return found
+
+
+def _row_of(kernel: Kernel, host: str) -> str:
+    """A kernel's row by the row of the event that launched it; by its own name where that tells nothing."""
+    if host not in ("gaps", "elementwise", "other"):
+        return host
+    plain = host == "elementwise" or ELEMENTWISE.search(kernel.name)
+    return classify(kernel.name) or ("elementwise" if plain else "other")
 
 
 def _uncovered(spans: Iterable[tuple[float, float]], covered: Sequence[tuple[float, float]]) -> float:
@@ -299,41 +318,67 @@ def profile(training: Training, source: Callable[[], MicroBatch], steps: int = 5
     return device_rows(events, timeline, start, end) if cuda else cpu_rows(events), (end - start) / 1e3
 
 
-def _steps(
-    events: Iterable[Any],
-) -> Iterator[tuple[float, float, list[Event], list[tuple[str, float, float]]]]:
-    """(start, end, the host's events, the device's) of each marked step, from torch.profiler's events."""
+def _steps(events: Iterable[Any]) -> Iterator[tuple[float, float, list[Event], list[Kernel]]]:
+    """(start, end, the host's events, the device's) of each marked step, from torch.profiler's events.
+
+    A kernel and the call that launched it have one id; the call lies within the operator or the mark that made it. (The
+    list that torch attaches to operators leaves out what is launched without one, as Triton's kernels are.)
+    """
     from torch.autograd import DeviceType
 
-    host = [e for e in events if e.device_type == DeviceType.CPU and not e.is_async]
-    device = [e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith("tritium::")]
+    seen = list(events)
+    host = [e for e in seen if e.device_type == DeviceType.CPU and not e.is_async]
+    calls = {e.id: e for e in host if LAUNCH.search(e.name)}
+    host = [e for e in host if not LAUNCH.search(e.name)]
+    # marks show on the device too, around the kernels in them
+    device = [e for e in seen if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     for mark in (e for e in host if e.name == "tritium::step"):
         start, end = mark.time_range.start, mark.time_range.end
-        inside = sorted(
-            (e for e in host if e.thread == mark.thread and e.time_range.start >= start and e.time_range.end <= end),
-            key=lambda e: (e.time_range.start, -e.time_range.end),
-        )
-        others = [  # backward's own thread, where there is a device
-            e for e in host if e.thread != mark.thread and e.time_range.start >= start and e.time_range.end <= end
-        ]
+        inside = [e for e in host if e.time_range.start >= start and e.time_range.end <= end]
         found: list[Event] = []
-        for thread in (inside, sorted(others, key=lambda e: (e.thread, e.time_range.start, -e.time_range.end))):
-            open_: list[int] = []
-            for e in thread:
-                while open_ and found[open_[-1]].end < e.time_range.end - 1e-9:
-                    open_.pop()
-                found.append(
-                    Event(
-                        e.name, e.time_range.start, e.time_range.end, open_[-1] if open_ else -1, e.sequence_nr,
-                        e.name.startswith("autograd::engine") or e.scope == 1,
-                        tuple((k.name, float(k.duration)) for k in e.kernels),
-                    )
-                )  # fmt: skip
-                open_.append(len(found) - 1)
-        timeline = [
-            (e.name, e.time_range.start, e.time_range.end) for e in device if start <= e.time_range.start <= end
-        ]
-        yield start, end, found, timeline
+        open_: list[int] = []
+        thread = None
+        # the step's own thread, then backward's, where there is a device
+        for e in sorted(
+            inside, key=lambda e: (e.thread != mark.thread, e.thread, e.time_range.start, -e.time_range.end)
+        ):
+            if e.thread != thread:
+                open_, thread = [], e.thread
+            while open_ and found[open_[-1]].end < e.time_range.end - 1e-9:
+                open_.pop()
+            in_backward = e.name.startswith("autograd::engine") or e.scope == 1
+            parent = open_[-1] if open_ else -1
+            found.append(Event(e.name, e.time_range.start, e.time_range.end, parent, e.sequence_nr, in_backward))
+            open_.append(len(found) - 1)
+        where = _Innermost(found)
+        yield start, end, found, [
+            Kernel(
+                e.name, e.time_range.start, e.time_range.end,
+                where(calls[e.id].time_range.start) if e.id in calls else -1,
+            )
+            for e in device if start <= e.time_range.start <= end
+        ]  # fmt: skip
+
+
+class _Innermost:
+    """The innermost of ``events`` that was open at a time, as its index, -1: none. Of two threads, that of the event
+    which began last: while one runs backward the other waits for it."""
+
+    def __init__(self, events: Sequence[Event]):
+        self.events = events
+        self.order = sorted(range(len(events)), key=lambda i: events[i].start)
+        self.starts = [events[i].start for i in self.order]
+
+    def __call__(self, at: float) -> int:
+        i = bisect.bisect_right(self.starts, at) - 1
+        while i >= 0:
+            inner = self.order[i]
+            while inner >= 0 and self.events[inner].end < at:
+                inner = self.events[inner].parent
+            if inner >= 0:
+                return inner
+            i -= 1
+        return -1
 
 
 # ------------------------------------------------------------------------------------------------------------- roofline
@@ -377,8 +422,9 @@ def roofline(training: Training, B: int, T: int, matmul: float, copy: float) -> 
         total[row] = total.get(row, 0.0) + 1e3 * seconds
     parameters = sum(p.numel() for group in engine.optimizer.groups for p in group.params)
     copies = sum(p.numel() * p.element_size() for group in engine.optimizer.groups for p in group.copies)
+    gradients = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for g in engine.optimizer.groups for p in g.leaves)
     # master, two moments read and written, the gradient read twice (norm and update), copies written
-    total["optimizer"] = 1e3 * (parameters * (6 * 4 + 2 * 4) + copies) / copy
+    total["optimizer"] = 1e3 * (parameters * 6 * 4 + 2 * gradients + copies) / copy
     return total
 
 

@@ -7,8 +7,9 @@ between them (:mod:`timing`), run the two things that a step cannot do without: 
 calls of torch, and attention by the fastest backend that is right here. The step's time over theirs is what is lost to
 all else; unlike tokens/s it can be compared across machines.
 
-The benchmark fails (exit status 1, the record says why) when something is compiled after the warm-up, when the graph
-is broken, or when a loss is not finite. Any field of the configuration is a flag, as for ``tritium train``.
+The benchmark fails (exit status 1, the record says why) when something is compiled after the warm-up, when the model is
+not one graph, when a loss is not finite, or when the anatomy does not explain the step. Compilation starts from
+nothing, whatever was compiled before. Any field of the configuration is a flag, as for ``tritium train``.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import pathlib
+import re
 import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tritium.benchmarks import record, timing
+from tritium.benchmarks import anatomy, record, timing
 from tritium.engine import presets
 from tritium.engine.config import Config, ConfigError
 from tritium.kernels.op import KernelError, nearest
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from tritium.benchmarks.ours import Training
+    from tritium.engine.step import MicroBatch
 
 SHAPES = {"cpu": {"tiny": (256, 16), "gpt2_124m": (256, 2)}, "cuda": {"tiny": (256, 64), "gpt2_124m": (1024, 32)}}
 VOCAB_SIZE = 1024  # for a preset that takes its vocabulary from the data
@@ -65,21 +70,39 @@ SCHEMA: record.Schema = {
     "warm_up": {"runs": int, "stable": bool},
     "noise": record.NUMBER,  # the step against itself, within a round
     "step_over_own": {"median": record.NUMBER, "low": record.NUMBER, "high": record.NUMBER, "level": record.NUMBER},
-    "anatomy": [dict],  # see anatomy.ROW; empty where it was not asked for
+    "profiled_ms": (*record.NUMBER, type(None)),  # the step that the anatomy is of; null where it was not asked for
+    "anatomy": [anatomy.ROW],
 }  # fmt: skip
 
 
+class BrokenGraph(RuntimeError):
+    """torch.compile cannot make one graph of the model; the message says where and why."""
+
+
 def configured(name: str, T: int | None, device: str, fields: Sequence[str] = ()) -> tuple[Config, int, int]:
-    """(configuration, T, default B) of a preset as it is benchmarked. fields: flags as of ``tritium train``."""
+    """(configuration, T, default B) of a preset as it is benchmarked. fields: flags as of ``tritium train``.
+
+    ConfigError for data.documents, DataError when data.folder is named and is none.
+    """
     config = presets.load(name)
     T_default, B = SHAPES[device].get(name, (256, 2))
     if fields:
         from tritium.engine import cli
 
         config = cli.parse(Config, fields, f"bench train {name}", "", default=config)
+    if config.data.documents:
+        raise ConfigError(
+            "bench train times rows of random tokens, which have no documents, and data.documents is true: attention "
+            "would be timed without its mask. Leave the flag off"
+        )
     T = T or min(T_default, config.model.block_size)
+    vocab_size = config.model.vocab_size
+    if not vocab_size and config.data.folder:
+        from tritium.engine.data.shards import open_dataset
+
+        vocab_size = open_dataset(config.data.folder).tokenizer.vocab_size
     model = dataclasses.replace(
-        config.model, vocab_size=config.model.vocab_size or VOCAB_SIZE, block_size=max(T, config.model.block_size)
+        config.model, vocab_size=vocab_size or VOCAB_SIZE, block_size=max(T, config.model.block_size)
     )
     return dataclasses.replace(config, model=model), T, B
 
@@ -168,9 +191,12 @@ def attention_call(
         if reason is not None:
             why_not[name] = reason
             continue
-        calls[name] = kernels.call_of(backend, inputs, backward=True)
-        clock.times_ms([calls[name]])
-        best[name] = min(clock.times_ms([calls[name]] * 3))
+        try:
+            calls[name] = kernels.call_of(backend, inputs, backward=True)
+            clock.times_ms([calls[name]])
+            best[name] = min(clock.times_ms([calls[name]] * 3))
+        except RuntimeError as error:  # the whole square of scores may not fit into memory
+            why_not[name] = f"it fails at this size: {_first_line(error)}"
     chosen = min(best, key=best.__getitem__)
     why_not |= {name: f"{ms / best[chosen]:.2f} × as long" for name, ms in best.items() if name != chosen}
 
@@ -197,24 +223,64 @@ def matmul_rate(products: Sequence[Gemm], dtype: torch.dtype, device: str) -> tu
 # ------------------------------------------------------------------------------------------------------------- FLOPs
 
 
+class Uncounted(RuntimeError):
+    """An op contains products of matrices and torch's counter has no formula for it; the message names it."""
+
+
 def flops_done(training: Training, B: int, T: int) -> int:
     """FLOPs of one step as it is run, what is computed again included: torch's counter over a step of the same model
-    with the same kernels, eager, on tensors without contents."""
+    with the very functions that the call sites are bound to, eager, on tensors without contents. Raises Uncounted."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-    from tritium.engine import train
+    from tritium.engine import recompute, train
     from tritium.engine.step import MicroBatch
+    from tritium.kernels.op import call_sites
+    from tritium.kernels.peaks import ON_TENSOR_CORES
+
+    aten = torch.ops.aten
+    cpus = {  # as torch's own of the same kernel on a GPU, which torch does not register for a CPU
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+        ),
+    }
+    formulas = {**flop_registry, **cpus}
+    missing: set[str] = set()
+
+    class Missing(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            # of a user's own op nobody knows what is in it
+            known = function.namespace in ("aten", "prims", "prim", "tritium")
+            products = not known or recompute.op_of(function) in ON_TENSOR_CORES
+            if products and function._overloadpacket not in formulas:
+                missing.add(str(function))
+            return function(*args, **(kwargs or {}))
 
     dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[training.engine.dtype]
     config = training.config.replace(train={"precision": dtype})
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
         engine = train.build(config, training.world, compile=False)
+        # what auto means may differ between compiled and eager
+        for (_, ours), (_, theirs) in zip(call_sites(engine.model), call_sites(training.engine.model), strict=True):
+            ours.function = theirs.function
         ids = torch.zeros(B, T, dtype=torch.int64, device=training.world.device)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=cpus) as counter, Missing():
             engine.loss(MicroBatch(ids, ids)).backward()
+    if missing:
+        raise Uncounted(
+            f"torch counts {', '.join(sorted(missing))} as no work; register a formula with "
+            "torch.utils.flop_counter.register_flop_formula"
+        )
     return counter.get_total_flops()
+
+
+def utilisation(tokens_per_s: float, flops_per_token: float, peak: float) -> float:
+    """The part of ``peak`` FLOP/s that training at this speed is: MFU with the model's FLOPs (metrics.flops_per_token,
+    in either convention), HFU with those really done (Chowdhery et al., PaLM, arXiv:2204.02311, appendix B)."""
+    return tokens_per_s * flops_per_token / peak
 
 
 # -------------------------------------------------------------------------------------------------------- compilation
@@ -222,16 +288,63 @@ def flops_done(training: Training, B: int, T: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What torch.compile has done in this process so far."""
+    """What torch.compile has done in this process so far, or between two moments."""
 
     graphs: int  # a graph that is compiled again counts again
     breaks: int
+
+    def __add__(self, other: Compiled) -> Compiled:
+        return Compiled(self.graphs + other.graphs, self.breaks + other.breaks)
+
+    def __sub__(self, other: Compiled) -> Compiled:
+        return Compiled(self.graphs - other.graphs, self.breaks - other.breaks)
 
     @staticmethod
     def now() -> Compiled:
         from torch._dynamo.utils import counters
 
         return Compiled(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+
+
+@contextlib.contextmanager
+def from_nothing(compiled: bool) -> Iterator[None]:
+    """Compile anew and into an empty folder: what was compiled before, in this process or another, would make the
+    seconds of compilation mean nothing."""
+    if not compiled:
+        yield
+        return
+    import torch
+    from torch._inductor.utils import clear_caches
+
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory(prefix="tritium-bench-") as folder:
+        places = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+        before = {name: os.environ.get(name) for name in places}
+        os.environ.update(places)
+        clear_caches()
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+            clear_caches()  # or what is compiled next would look for files of this folder
+
+
+@contextlib.contextmanager
+def one_graph() -> Iterator[None]:
+    """BrokenGraph, with dynamo's own words, where the model cannot be compiled as a whole."""
+    from torch._dynamo.exc import Unsupported
+
+    try:
+        yield
+    except Unsupported as error:
+        raise BrokenGraph(
+            f"the graph of the model breaks, so it cannot be compiled as a whole:\n{str(error).strip()}\n"
+            "Choose another backend for that call site, or train eagerly with --train.compile false"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------- the record
@@ -245,29 +358,30 @@ def bench(
     rounds: int = 10,
     device: str = "cpu",
     seed: int = 0,
-    anatomy: bool = False,
+    explain: bool = False,
     command: str = "",
     say: Callable[[str], object] = lambda text: None,
     picture: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Train for a while and return the record (:data:`SCHEMA`). KernelError when a kernel choice cannot be met.
+    """Train for a while and return the record (:data:`SCHEMA`). KernelError when a kernel choice cannot be met,
+    BrokenGraph, DataError when the data that is named cannot feed the model.
 
-    picture: where to draw the anatomy (PNG).
+    explain: profile too (:mod:`anatomy`). picture: where to draw that (PNG).
     """
     import torch
 
-    from tritium.benchmarks import anatomy as anatomies
     from tritium.benchmarks import arm, ours, peers
-    from tritium.engine import allocator, metrics
+    from tritium.engine import allocator, metrics, train
 
     result = record.begin("train", command, device, config.name)
     clock = timing.clock_for(device)
-    with allocator.freed_memory_kept(device == "cpu"):
+    compiles = train.should_compile(config, torch.device(device))[0]
+    with allocator.freed_memory_kept(device == "cpu"), from_nothing(compiles):
         batches = peers.batches(config.model, B, T, 4, device, seed)
         baseline, before = arm.resident_bytes(), Compiled.now()
+        training = ours.build(config, device, B)
         start = time.perf_counter()
-        with anatomies.kernels_named(device) if anatomy else contextlib.nullcontext():
-            training = ours.build(config, device, B)
+        with anatomy.kernels_named(device) if explain else contextlib.nullcontext(), one_graph():
             losses = [training.step(*batches[0]).item()]
         first_step_s = time.perf_counter() - start
         say(f"first step done after {first_step_s:.1f} s, loss {losses[0]:.4f}")
@@ -281,7 +395,7 @@ def bench(
 
         step_arm = timing.timed(step, clock)
         warm = timing.warm_up(step_arm, limit_runs=20)
-        settled = Compiled.now()
+        settled = Compiled.now() - before
         dtype, products = training.engine.dtype, gemms(training.config, B * T)
         rate, rate_at = matmul_rate(products, dtype, device)
         backend, attend, why_not = attention_call(config, B, T, dtype, device, clock)
@@ -292,12 +406,12 @@ def bench(
         }
         for run in own.values():
             timing.warm_up(run, limit_runs=6)
-        between = Compiled.now()
+        between = Compiled.now()  # what the attention backends compiled is not the step's
         samples = timing.interleave({"step": step_arm, **own}, rounds, lambda done: say(f"round {done} of {rounds}"))
-        done = Compiled.now()
         losses.append(last[0].item())
-        rows = _anatomy(training, batches, rate, picture, config.name) if anatomy else []
-    recompiled = done.graphs - between.graphs
+        rows, profiled_ms = _explained(training, batches, rate, picture, config.name) if explain else ([], None)
+        later = Compiled.now() - between
+    compiled = settled + later
     compile_s = max(first_step_s - samples["step"].median_ms / 1e3, 0.0) if training.engine.compiled else 0.0
     per_token = {c: metrics.flops_per_token(config.model, T, c) for c in ("full", "causal")}  # type: ignore[arg-type]
     executed, uncounted = _executed(training, B, T)
@@ -320,16 +434,18 @@ def bench(
     for name, flops in conventions.items():
         for against, divisor in (("measured matmul", rate), ("datasheet", peak_rate)):
             if flops is not None and divisor is not None:
-                shares = [1e3 * B * T * flops / t / divisor for t in ms]
+                shares = [utilisation(1e3 * B * T / t, flops, divisor) for t in ms]
                 figures.append(record.figure(f"{name} of {against}", "fraction", "higher", shares))
     checks = [
-        record.check("nothing compiled after the warm-up", recompiled == 0, f"{recompiled} graphs"),
-        record.check("no graph break", done.breaks == before.breaks, f"{done.breaks - before.breaks}"),
+        record.check("nothing compiled after the warm-up", later.graphs == 0, f"{later.graphs} graphs"),
+        record.check("one graph", settled.graphs == int(training.engine.compiled), f"{settled.graphs} graphs"),
+        record.check("no graph break", compiled.breaks == 0, f"{compiled.breaks}"),
         record.check("finite losses", all(map(math.isfinite, losses)), f"first and last {losses[0]:g}, {losses[-1]:g}"),
         record.check("FLOPs that are done were counted", executed is not None, uncounted),
     ]
-    if rows:
-        checks += anatomies.checks(rows)
+    if profiled_ms is not None:
+        checks += anatomy.checks(rows)
+        figures.append(record.figure("profiled step", "ms", "", value=profiled_ms))
     return result | {
         "settings": {
             "T": T, "B": B, "rounds": rounds, "seed": seed, "config": json.loads(training.config.to_json()),
@@ -343,14 +459,14 @@ def bench(
         "attention": {"backend": backend, "why_not": why_not},
         "compilation": {
             "compiled": training.engine.compiled, "first_step_s": first_step_s, "seconds": compile_s,
-            "graphs": settled.graphs - before.graphs, "graph_breaks": done.breaks - before.breaks,
-            "compiled_after_warm_up": recompiled,
+            "graphs": settled.graphs, "graph_breaks": compiled.breaks, "compiled_after_warm_up": later.graphs,
         },
         "dtype": str(dtype).removeprefix("torch."),
         "deterministic": training.deterministic,
         "warm_up": {"runs": warm.runs, "stable": warm.stable},
         "noise": timing.noise(samples["step"]),
         "step_over_own": over.to_json(),
+        "profiled_ms": profiled_ms,
         "anatomy": rows,
         "kernels": described["kernels"],
         "sources": record.sources((row["op"], row["backend"]) for row in described["kernels"]),
@@ -374,33 +490,59 @@ def _executed(training: Training, B: int, T: int) -> tuple[int | None, str]:
     try:
         return flops_done(training, B, T) // (B * T), ""
     except Exception as error:  # an op of a user's without fake tensors: HFU is not known then, the rest is
-        return None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return None, _first_line(error)
 
 
-def _anatomy(
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+
+
+def _explained(
     training: Training, batches: Sequence[Any], matmul: float, picture: pathlib.Path | None, name: str
-) -> list[dict[str, Any]]:
-    from tritium.benchmarks import anatomy
+) -> tuple[list[dict[str, Any]], float]:
+    """(the anatomy's rows, milliseconds of the step that they are of)."""
+    B, T = batches[0][0].shape
+    device = training.world.device.type
+    with handing_out(training, batches) as source:
+        times, wall_ms = anatomy.profile(training, source)
+    best = anatomy.roofline(training, B, T, matmul, anatomy.copy_rate(device))
+    rows = anatomy.table(times, wall_ms, best)
+    if picture is not None:
+        anatomy.draw(rows, f"{name}, T={T}, B={B}: where a training step of {wall_ms:.0f} ms goes", picture)
+    return rows, wall_ms
+
+
+@contextlib.contextmanager
+def handing_out(training: Training, batches: Sequence[Any]) -> Iterator[Callable[[], MicroBatch]]:
+    """What gives the profiled steps their batches, on the host and as ``tritium train`` has them (page-locked for a
+    GPU): the loader of the folder that the configuration names, or else ``batches``, which cost no wait."""
+    from tritium.engine.data.loader import Loader
     from tritium.engine.step import MicroBatch
 
-    turn = itertools.cycle([MicroBatch(ids, targets) for ids, targets in batches])
+    config, cuda = training.config, training.world.device.type == "cuda"
     B, T = batches[0][0].shape
-    times, wall_ms = anatomy.profile(training, lambda: next(turn))
-    best = anatomy.roofline(training, B, T, matmul, anatomy.copy_rate(training.world.device.type))
-    table = anatomy.table(times, wall_ms, best)
-    if picture is not None:
-        anatomy.draw(table, f"{name}, T={T}, B={B}: where a training step of {wall_ms:.0f} ms goes", picture)
-    return table
+    if config.data.folder:
+        loader = Loader(
+            config.data.folder, "train", T=T, batch_rows=B, seed=config.data.seed, vocab_size=config.model.vocab_size,
+            pin_memory=cuda,
+        )  # fmt: skip
+        with loader:
+            yield lambda: MicroBatch(*next(loader)[:2])
+        return
+    host = [MicroBatch(*(tensor.cpu().pin_memory() if cuda else tensor for tensor in pair)) for pair in batches]
+    turn = itertools.cycle(host)
+    yield lambda: next(turn)
 
 
 def datasheet(machine: dict[str, Any]) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its marketing name, or None."""
+    """Dense bf16 FLOP/s of a GPU by its marketing name, or None: also for a board of the same name that is slower than
+    the one in kernels/peaks.py (of Hopper, PCIe and NVL)."""
     from tritium.kernels.peaks import PEAKS
 
-    if machine["device"] != "cuda":
+    name = machine["name"]
+    if machine["device"] != "cuda" or (re.search(r"PCIe|NVL", name) and "A100" not in name):
         return None
-    words = {peak: peak.name.split()[0] for peak in PEAKS}
-    return next((peak.matrix for peak, word in words.items() if word.lower() in machine["name"].lower()), None)
+    return next((peak.matrix for peak in PEAKS if re.search(rf"\b{peak.name.split()[0]}\b", name)), None)
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -449,7 +591,7 @@ def summary(result: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="tritium bench train",
-        usage="%(prog)s [PRESET] [options] [--FIELD VALUE ...]",
+        usage="%(prog)s [PRESET] [options] [--SECTION.NAME VALUE ...]",
         allow_abbrev=False,
         description="Speed, utilisation, memory, compilation of training a preset (default: tiny). Every field of the "
         "configuration is a flag too, as for `tritium train` (--train.recompute full, --kernels.attention native).",
@@ -457,7 +599,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--T", type=int, help="tokens in a row (default: by preset)")
     made.add_argument("--B", type=int, help="rows in a step (default: by preset)")
     made.add_argument("--rounds", type=int, default=10, help="of two steps each (default: %(default)s)")
-    made.add_argument("--anatomy", action="store_true", help="profile: where the time of a step goes, with a picture")
+    made.add_argument(
+        "--anatomy", action="store_true",
+        help="profile: where the time of a step goes, with a picture; its batches come from --data.folder if named",
+    )  # fmt: skip
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--seed", type=int, default=0, help="of the batches (default: %(default)s)")
     made.add_argument("--out", type=pathlib.Path, help="folder of the record (default: benchmarks/results/MACHINE)")
@@ -465,8 +610,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``tritium bench train``; exit status 0, 1 when a check fails or a kernel choice cannot be met, 2 for a wrong
-    command line."""
+    """``tritium bench train``; exit status 0, 1 when a check fails or the run cannot be made (kernels, data, memory, a
+    graph that breaks), 2 for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     made = parser()
     first = argv[:1] if argv and not argv[0].startswith("-") else []
@@ -483,34 +628,51 @@ def main(argv: Sequence[str] | None = None) -> int:
             made.error(f"--{field} must be at least {least}{why}; it is {value}")
     if not 0 <= a.seed < 2**63:
         made.error(f"--seed must be from 0 to {2**63 - 1}; it is {a.seed}")
-    device = a.device
-    if device == "auto":
-        import torch
+    own = [flag for action in made._actions for flag in action.option_strings]
+    sections = [f"--{field.name}" for field in dataclasses.fields(Config)]  # cli.parse knows what is in them
+    for flag in (word.partition("=")[0] for word in fields if word.startswith("--")):
+        if flag.partition(".")[0] not in sections:
+            made.error(f"there is no flag {flag!r}; the nearest are {nearest(flag, own + sections)}")
+    import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    config, T, B = configured(a.preset, a.T, device, fields)
+    if a.device == "cuda" and not torch.cuda.is_available():
+        made.error("--device cuda: torch finds no GPU here, so there is nothing to time; use --device cpu")
+    device = a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     from tritium.benchmarks import throughput
+    from tritium.engine.cli import UsageError
+    from tritium.engine.data.errors import DataError
 
     machine = record.machine(device)
     folder = a.out or throughput.results_folder({"machine": machine})
-    stem = f"train_{a.preset}_T{T}_B{a.B or B}" + (f"_{_digest(fields)}" if fields else "")
     try:
+        config, T, B = configured(a.preset, a.T, device, fields)
+        B = a.B or B
+        stem = f"train_{a.preset}_T{T}_B{B}" + (f"_{_digest(fields)}" if fields else "")
         result = bench(
-            config, T, a.B or B, rounds=a.rounds, device=device, seed=a.seed, anatomy=a.anatomy,
+            config, T, B, rounds=a.rounds, device=device, seed=a.seed, explain=a.anatomy,
             command=shlex.join(["tritium", "bench", "train", *argv]),
             say=lambda text: print(text, file=sys.stderr, flush=True),
             picture=folder / f"{stem}.png" if a.anatomy else None,
         )  # fmt: skip
-    except (KernelError, ConfigError) as error:
+    except UsageError as error:
+        made.error(str(error))
+    except torch.OutOfMemoryError as error:
+        print(
+            f"{a.preset}: T={T}, B={B} needs more memory than the GPU has; use a smaller --B. {error}", file=sys.stderr
+        )
+        return 1
+    except (KernelError, ConfigError, DataError, BrokenGraph) as error:
         print(f"{a.preset}: {error}", file=sys.stderr)
         return 1
     path = folder / f"{stem}.json"
     record.write(result, SCHEMA, path)
     print(f"\n{summary(result)}")
     if result["anatomy"]:
-        from tritium.benchmarks import anatomy
-
-        print(f"\n{anatomy.text(result['anatomy'])}\ndrawn: {path.with_suffix('.png')}")
+        step_ms = next(f["value"] for f in result["figures"] if f["name"] == "step")
+        print(
+            f"\n{anatomy.text(result['anatomy'])}\nof a profiled step of {result['profiled_ms']:.1f} ms, "
+            f"{result['profiled_ms'] / step_ms:.2f} × the one that was timed\ndrawn: {path.with_suffix('.png')}"
+        )
     print(f"written: {path}", flush=True)
     return int(not all(check["ok"] for check in result["checks"]))
 

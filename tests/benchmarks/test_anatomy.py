@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tritium.benchmarks import anatomy, ours, peers
-from tritium.benchmarks.anatomy import Event
+from tritium.benchmarks.anatomy import Event, Kernel
 from tritium.engine.config import Config, GPTConfig, TrainConfig
 from tritium.engine.step import MicroBatch
 from tritium.kernels import ops
@@ -28,7 +28,13 @@ CONFIG = Config(name="few", model=MODEL, train=TrainConfig(precision="fp32", com
         ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "GEMM"),
         ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128_32x3_tn_align8>", "GEMM"),
         ("tritium::linear_triton", "GEMM"),
+        ("triton_tem_fused_addmm_3", "GEMM"),
         ("flash_fwd_kernel", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, cutlass::bfloat16_t>>", "attention"),
+        ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<cutlass::bfloat16_t>>>", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(AttentionKernel<cutlass::bfloat16_t>::Params)", "attention"),
+        ("triton_tem_fused_flex_attention_backward_2", "attention"),
+        ("void at::native::multi_tensor_apply_kernel<at::native::FusedAdamMathFunctor<float,4>>", "optimizer"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
         ("triton_per_fused_native_layer_norm_backward_12", "norm"),
@@ -86,19 +92,24 @@ def test_a_product_inside_an_op_is_attentions_own_or_a_gemm():
 HOST = [
     Event("tritium::step", 0, 100),
     Event("tritium::data", 0, 12, 0),
-    Event("tritium::op::layer_norm", 12, 20, 0, kernels=(("mystery_kernel", 30.0),)),
-    Event("aten::add", 20, 22, 0, kernels=(("vectorized_elementwise_kernel", 5.0),)),
+    Event("tritium::op::layer_norm", 12, 20, 0),
+    Event("aten::add", 20, 22, 0),
+    Event("tritium::op::attention", 22, 24, 0),
+    Event("aten::bmm", 22, 24, 4),
+    Event("tritium::op::cross_entropy", 24, 26, 0, sequence=5),
+    Event("autograd::engine::evaluate_function: EagerBackward", 26, 30, 0, sequence=5, backward=True),
 ]
+STEP, _, NORM, ADD, _, BMM, LOSS, BACKWARD = range(len(HOST))
 
 
 def test_a_devices_timeline_becomes_rows_gaps_and_exposed_communication():
     timeline = [
-        ("Memcpy HtoD (Pageable -> Device)", 10, 14),
-        ("mystery_kernel", 20, 50),
-        ("nvjet_tst_128", 45, 60),  # 5 of it beside the last one, on another stream
-        ("ncclDevKernel_AllReduce", 55, 75),  # 5 beside a product, 5 beside the next kernel
-        ("vectorized_elementwise_kernel", 70, 75),
-        ("nobody_knows", 90, 95),
+        Kernel("Memcpy HtoD (Pageable -> Device)", 10, 14),
+        Kernel("mystery_kernel", 20, 50, NORM),
+        Kernel("nvjet_tst_128", 45, 60, STEP),  # 5 of it beside the last one, on another stream
+        Kernel("ncclDevKernel_AllReduce", 55, 75),  # 5 beside a product, 5 beside the next kernel
+        Kernel("vectorized_elementwise_kernel", 70, 75, ADD),
+        Kernel("nobody_knows", 90, 95),
     ]
     times = anatomy.device_rows(HOST, timeline, 0, 100)
     got = {row: round(ms(times, row) * 1e3, 6) for row in times}
@@ -109,9 +120,73 @@ def test_a_devices_timeline_becomes_rows_gaps_and_exposed_communication():
     assert sum(got.values()) == 100
 
 
+def test_a_kernel_belongs_where_it_was_launched_whatever_its_name():
+    """Kernels of one name in several rows (every op in Triton calls its own _forward), a product inside attention, a
+    backward."""
+    timeline = [
+        Kernel("_forward", 0, 10, NORM),
+        Kernel("_forward", 10, 17, LOSS),
+        Kernel("cutlass_80_tensorop_bf16_s16816gemm_bf16", 17, 20, BMM),
+        Kernel("_forward", 20, 26, BACKWARD),
+        Kernel("triton_per_fused_native_layer_norm_4", 26, 28, STEP),  # compiled: the host only starts the graph
+        Kernel("elementwise_kernel", 28, 29, STEP),
+    ]
+    times = anatomy.device_rows(HOST, timeline, 0, 29)
+    us = {row: {key: round(1e3 * value, 6) for key, value in names.items()} for row, names in times.items()}
+    assert us == {
+        "norm": {("_forward", False): 10, ("triton_per_fused_native_layer_norm_4", False): 2},
+        "loss": {("_forward", False): 7, ("_forward", True): 6},
+        "attention": {("cutlass_80_tensorop_bf16_s16816gemm_bf16", False): 3},
+        "elementwise": {("elementwise_kernel", False): 1},
+    }
+
+
 def test_communication_that_is_hidden_costs_nothing():
-    times = anatomy.device_rows(HOST[:1], [("nvjet", 0, 100), ("ncclDevKernel", 10, 90)], 0, 100)
+    timeline = [Kernel("nvjet", 0, 100), Kernel("ncclDevKernel", 10, 90)]
+    times = anatomy.device_rows(HOST[:1], timeline, 0, 100)
     assert {row: ms(times, row) for row in times} == {"GEMM": 0.1}
+
+
+def seen(name, start, end, *, id=0, thread=1, device=False, sequence=-1, scope=0, annotation=False):
+    """An event as torch.profiler gives it (autograd/profiler.py: a kernel has the id of the call that launched it)."""
+    return types.SimpleNamespace(
+        name=name, time_range=types.SimpleNamespace(start=start, end=end), id=id, thread=thread, is_async=False,
+        device_type=torch.autograd.DeviceType.CUDA if device else torch.autograd.DeviceType.CPU, sequence_nr=sequence,
+        scope=scope, is_user_annotation=annotation,
+    )  # fmt: skip
+
+
+def test_the_steps_of_a_profile_with_a_device():
+    """The host's numbers for its own events (3 here) may be a launch's id as well; a launch may bear a thread of its
+    own; the marks are repeated on the device; what lies between steps belongs to none."""
+    profile = [
+        seen("tritium::step", 100, 200, id=1),
+        seen("tritium::op::layer_norm", 110, 130, id=2),
+        seen("cuLaunchKernelEx", 115, 118, id=3, thread=77),  # Triton's, without an operator around it
+        seen("aten::mm", 140, 150, id=3),
+        seen("cudaLaunchKernel", 142, 144, id=4),
+        seen("autograd::engine::evaluate_function: EagerBackward", 160, 190, id=5, thread=2, sequence=9, scope=1),
+        seen("cuLaunchKernel", 170, 171, id=6, thread=2),
+        seen("tritium::op::layer_norm", 120, 195, device=True, annotation=True),
+        seen("_forward", 120, 140, id=3, device=True),
+        seen("gemm", 145, 165, id=4, device=True),
+        seen("_backward", 175, 195, id=6, device=True),
+        seen("from a graph", 196, 198, id=99, device=True),
+        seen("after", 205, 210, id=3, device=True),
+    ]
+    ((start, end, host, kernels),) = anatomy._steps(profile)
+    assert (start, end) == (100, 200)
+    assert [event.name.rpartition("::")[2] for event in host] == [
+        "step", "layer_norm", "mm", "evaluate_function: EagerBackward",
+    ]  # fmt: skip
+    assert [event.parent for event in host] == [-1, 0, 0, -1]
+    found = [(kernel.name, host[kernel.launched].name if kernel.launched >= 0 else None) for kernel in kernels]
+    assert found == [
+        ("_forward", "tritium::op::layer_norm"),
+        ("gemm", "aten::mm"),
+        ("_backward", "autograd::engine::evaluate_function: EagerBackward"),
+        ("from a graph", None),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- a real profile
@@ -180,6 +255,29 @@ def test_a_planted_wait_for_data_lands_in_its_row():
     )
 
 
+def test_a_loader_that_is_slower_than_the_step_is_waited_for(tmp_path, monkeypatch):
+    """tritium train's own loader, which reads ahead: only what the step does not hide is waited for."""
+    from tritium.benchmarks.training import handing_out
+    from tritium.engine.data.loader import Loader
+    from tritium.engine.data.prepare import prepare
+
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{"word " * 50}{i}"}}\n' for i in range(40)))
+    prepare(tmp_path / "a.jsonl", tmp_path / "data", tokenizer="bytes", val_fraction=0.1, say=lambda _: None)
+    trained = ours.build(CONFIG.replace(data={"folder": str(tmp_path / "data")}), "cpu", 1)
+    batches, real = peers.batches(MODEL, 1, 32, 1, "cpu"), Loader.batch
+
+    def slow(self, index):
+        time.sleep(0.3)
+        return real(self, index)
+
+    monkeypatch.setattr(Loader, "batch", slow)
+    with handing_out(trained, batches) as source:
+        times, wall_ms = anatomy.profile(trained, source, steps=1)
+    # a batch every 300 ms, less what the step has for itself
+    assert wall_ms >= 250.0
+    assert ms(times, "data wait") > 0.3 * wall_ms
+
+
 def forward_ms(times, row):
     return sum(value for (_, backward), value in times[row].items() if not backward)
 
@@ -236,3 +334,7 @@ def test_roofline_of_gpt2_124m_is_the_hand_computed_one():
     N = 512
     assert found["GEMM"] == pytest.approx(1e3 * N * 6 * (12 * 12 * 768**2 + 768 * 50304) / 1e12, rel=0.01)
     assert found["attention"] == pytest.approx(1e3 * 12 * N * 4 * 256 * 768 / 2 * 3.5 / 1e12, rel=0.01)
+    # 12 layers of 12·768² + 13·768 parameters, embeddings of 50304 and 1024 rows, the last norm; three fp32 tensors are
+    # read and written, the gradient is read for its norm and for the update
+    parameters = 12 * (12 * 768**2 + 13 * 768) + (50304 + 1024) * 768 + 2 * 768
+    assert found["optimizer"] == pytest.approx(1e3 * parameters * (6 * 4 + 2 * 4) / 1e15, rel=1e-6)
