@@ -83,10 +83,20 @@ def ratio_of_medians(top: Sequence[float], bottom: Sequence[float], *, level: fl
     for few of them falls short: every deviation is stretched by √(blocks / (blocks - 1)) and the interval by Student's
     quantile over the normal one, its degrees of freedom by Welch and Satterthwaite.
     """
+    return _interval([(1.0, top), (-1.0, bottom)], level, seed)
+
+
+def median_of(samples: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:
+    """The median of at least two positive samples with its interval, as :func:`ratio_of_medians` takes it."""
+    return _interval([(1.0, samples)], level, seed)
+
+
+def _interval(parts: Sequence[tuple[float, Sequence[float]]], level: float, seed: int) -> Interval:
+    """exp of the signed sum of the medians of the logarithms of each part's samples."""
     generator = numpy.random.default_rng(seed)
     middle, spread = 0.0, numpy.zeros(RESAMPLES)
     variances = []
-    for sign, samples in ((1.0, top), (-1.0, bottom)):
+    for sign, samples in parts:
         logs = numpy.log(numpy.asarray(samples, dtype=numpy.float64))
         size = block_of(logs.size)
         blocks = logs.size / size
@@ -95,13 +105,13 @@ def ratio_of_medians(top: Sequence[float], bottom: Sequence[float], *, level: fl
         spread += sign * deviations
         variances.append((float(deviations.var()), blocks - 1.0))
     total = sum(variance for variance, _ in variances)
-    freedom = total**2 / sum(v**2 / f for v, f in variances) if total > 0.0 else math.inf
     stretch = 1.0
-    if math.isfinite(freedom):
-        stretch = student_quantile(level, max(1, int(freedom))) / statistics.NormalDist().inv_cdf((1.0 + level) / 2.0)
+    if total > 0.0:
+        freedom = max(1, int(total**2 / sum(v**2 / f for v, f in variances)))
+        stretch = student_quantile(level, freedom) / statistics.NormalDist().inv_cdf((1.0 + level) / 2.0)
     tail = (1.0 - level) / 2.0
     low, high = numpy.quantile(spread, (tail, 1.0 - tail)) * stretch
-    # a resample's median is skewed by chance: the interval holds at least the ratio itself
+    # a resample's median is skewed by chance: the interval holds at least the estimate itself
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     return Interval(math.exp(middle), math.exp(middle + low), math.exp(middle + high), level)
 
@@ -155,7 +165,7 @@ def _line(mine: dict[str, Any], other: dict[str, Any]) -> Line:
 
 def not_the_same(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Why two records are not of the same thing."""
-    settings = [r.get("settings") if isinstance(r.get("settings"), dict) else {} for r in (a, b)]
+    settings = [_settings(r) for r in (a, b)]
     facts = {
         "kind": [r["kind"] for r in (a, b)],
         "preset": [r["preset"] for r in (a, b)],
@@ -165,6 +175,11 @@ def not_the_same(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     if a["machine"]["device"] == "cpu":
         facts["cores"] = [r["machine"]["cores"] for r in (a, b)]
     return [f"{name}: {x} and {y}" for name, (x, y) in facts.items() if x != y]
+
+
+def _settings(r: dict[str, Any]) -> dict[str, Any]:
+    found = r.get("settings")
+    return found if isinstance(found, dict) else {}
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -185,7 +200,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
             found.append(f"source of {name}: in no file, so whether it is the same is not known")
         elif old != new:
             found.append(f"source of {name}: {old} → {new}")
-    configs = [_flat(r.get("settings", {}).get("config", {})) for r in (a, b)]
+    configs = [_flat(_settings(r).get("config", {})) for r in (a, b)]
     found += [
         f"{name}: {configs[0].get(name)} → {configs[1].get(name)}"
         for name in sorted(configs[0].keys() | configs[1].keys())
