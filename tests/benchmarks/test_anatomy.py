@@ -83,6 +83,11 @@ def test_own_time_of_nested_events_adds_up():
     assert failed == ["other is at most 5 % of the step"]
 
 
+def test_rows_that_do_not_add_up_to_the_step_are_said():
+    rows = anatomy.table({"GEMM": {("aten::mm", False): 90.0}}, 100.0, {})
+    assert [check["name"] for check in anatomy.checks(rows) if not check["ok"]] == ["the rows add up to the step"]
+
+
 def test_a_product_inside_an_op_is_attentions_own_or_a_gemm():
     for op, row in (("attention", "attention"), ("linear_cross_entropy", "GEMM"), ("linear", "GEMM")):
         times = anatomy.cpu_rows([Event(f"tritium::op::{op}", 0, 10), Event("aten::mm", 0, 10, 0)])
@@ -162,6 +167,7 @@ def test_the_steps_of_a_profile_with_a_device():
     profile = [
         seen("tritium::step", 100, 200, id=1),
         seen("tritium::op::layer_norm", 110, 130, id=2),
+        seen("aten::empty", 111, 113, id=8),
         seen("cuLaunchKernelEx", 115, 118, id=3, thread=77),  # Triton's, without an operator around it
         seen("aten::mm", 140, 150, id=3),
         seen("cudaLaunchKernel", 142, 144, id=4),
@@ -177,9 +183,9 @@ def test_the_steps_of_a_profile_with_a_device():
     ((start, end, host, kernels),) = anatomy._steps(profile)
     assert (start, end) == (100, 200)
     assert [event.name.rpartition("::")[2] for event in host] == [
-        "step", "layer_norm", "mm", "evaluate_function: EagerBackward",
+        "step", "layer_norm", "empty", "mm", "evaluate_function: EagerBackward",
     ]  # fmt: skip
-    assert [event.parent for event in host] == [-1, 0, 0, -1]
+    assert [event.parent for event in host] == [-1, 0, 1, 0, -1]
     found = [(kernel.name, host[kernel.launched].name if kernel.launched >= 0 else None) for kernel in kernels]
     assert found == [
         ("_forward", "tritium::op::layer_norm"),
@@ -276,6 +282,21 @@ def test_a_loader_that_is_slower_than_the_step_is_waited_for(tmp_path, monkeypat
     # a batch every 300 ms, less what the step has for itself
     assert wall_ms >= 250.0
     assert ms(times, "data wait") > 0.3 * wall_ms
+
+
+def test_parts_whose_operators_have_no_name_of_their_own_are_told_by_their_call_sites():
+    """In eager torch RMSNorm, rotary positions and SwiGLU are products and sums like any other."""
+    model = dataclasses.replace(
+        MODEL, norm="rms_norm", position="rope", activation="swiglu", bias=False, tie_head=False
+    )  # fmt: skip
+    config = CONFIG.replace(kernels={"default": "reference"})
+    trained = ours.build(dataclasses.replace(config, model=model), "cpu", 8)
+    times, wall_ms = anatomy.profile(trained, source(), steps=1)
+    for row in ("norm", "position", "activation"):
+        for backward in (False, True):
+            assert sum(value for (_, back), value in times[row].items() if back == backward) > 0.0
+    # residuals, gradients that are added up, the loss's scale
+    assert ms(times, "elementwise") < 0.1 * wall_ms
 
 
 def forward_ms(times, row):

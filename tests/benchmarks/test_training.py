@@ -135,6 +135,34 @@ def test_an_op_that_torch_cannot_count_gives_no_hfu_and_fails_the_run(planted):
     assert "not counted" in training.summary(result)
 
 
+def test_the_step_is_held_to_its_products_and_attention_of_the_same_run(monkeypatch):
+    """Times as planted: a step of 12 ms beside products of 6 and attention of 2 is 1.5 times what it needs."""
+
+    def interleave(arms, rounds, between):
+        assert list(arms) == ["step", "products", "attention"]
+        arms["step"]()  # for its loss
+        planted = {"step": (12.0, 12.6), "products": (6.0, 6.3), "attention": (2.0, 2.1)}
+        return {name: training.timing.Samples((pair,) * rounds) for name, pair in planted.items()}
+
+    monkeypatch.setattr(training.timing, "interleave", interleave)
+    result = training.bench(CONFIG, 16, 2, rounds=3)
+    assert figures(result)["step over its products and attention"] == pytest.approx(1.5)
+    assert result["step_over_own"]["median"] == pytest.approx(1.5)
+    assert figures(result)["tokens/s"] == pytest.approx(32e3 * (1 / 12.0 + 1 / 12.6) / 2, rel=1e-3)
+
+
+def test_the_products_that_are_timed_are_those_that_are_listed():
+    """Counted as they run: six FLOPs a weight and token, in the dtype that was asked for."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    products = training.gemms(CONFIG, 32)
+    call = training.gemm_call(products, torch.bfloat16, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert counter.get_total_flops() == sum(g.flops for g in products)
+    assert counter.get_total_flops() == 32 * 6 * metrics.matmul_parameters(MODEL)
+
+
 # ----------------------------------------------------------------------------------------------------------- for real
 
 
