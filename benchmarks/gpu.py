@@ -1,19 +1,30 @@
 """Everything worth knowing about one GPU in one command: ``make gpu``, or ``python -P benchmarks/gpu.py``.
 
 Needs Python ≥ 3.11, torch, triton and numpy and nothing else: no installation of tritium, no network. Stages run in
-order of value, each in a process of its own with a time limit; each leaves OUT/STAGE.jsonl, written as it goes, and
-all of them one archive. Exit status 1 when a stage failed or was killed. ``--cpu`` rehearses every stage at tiny
-shapes; its figures mean nothing.
+order of value, each in a process of its own with a time limit, while the time lasts; each leaves OUT/STAGE.jsonl,
+written as it goes, and all of them one archive with a table of figures, goals and verdicts. What an earlier run has
+shown of the same source on the same GPU (benchmarks/results/GPU/) is taken over and not measured again. Exit status 1
+when a stage failed or was killed. ``--cpu`` rehearses every stage at tiny shapes; its figures mean nothing.
+
+``STAGE=kernels OPS=attention make gpu`` tunes: it tries the tiles of tiles.py, and writes the best to kernels/tuning/.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
+import math
 import os
 import pathlib
 import sys
+import time
 import types
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tritium.benchmarks.gpu_baseline import Bench
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -27,75 +38,244 @@ if __name__ == "__main__":
     namespace.__path__ = [str(ROOT)]
     sys.modules["tritium"] = namespace
 
-from tritium.benchmarks import stages  # noqa: E402
+from tritium.benchmarks import gpu_records, stages  # noqa: E402
 
-# name → (module, function, limit in seconds), in order of value
+RESERVE_S = 15.0  # of the minutes, for the table and the archive
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}  # a rehearsal of what compiles by itself
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A stage. limit_s: against hangs; expects_s: what it takes, on a GPU. known: what an earlier run must share so
+    that it need not run: "device" (the GPU and torch's version: nothing of tritium is in it), "source" (all of engine/
+    and kernels/ too), or "" (it always runs, and takes over item by item). rehearsal: environment of a rehearsal.
+    """
+
+    module: str
+    function: str
+    limit_s: float
+    expects_s: float
+    known: str = ""
+    rehearsal: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+# in order of value
 STAGES = {
-    "device": ("gpu_baseline", "device", 60),
-    "ceilings": ("gpu_baseline", "ceilings", 90),
-    "gpt2_124m": ("gpu_baseline", "textbook", 240),
-    "contract": ("gpu_tritium", "contract_on_device", 240),
-    "training": ("gpu_tritium", "training_by_kernels", 300),
-    "attention": ("gpu_baseline", "attention", 150),
-    "kernels": ("kernels", "on_device", 180),
-    "overhead": ("overhead", "on_device", 90),
-    "gemm": ("gpu_baseline", "gemm", 120),
-    "memory_bound": ("gpu_baseline", "memory_bound", 150),
-    "gpt2_1558m": ("gpu_baseline", "textbook", 200),
-    "flex": ("gpu_baseline", "flex", 150),
-    "gpt2_350m": ("gpu_baseline", "textbook", 200),
-    "gpt2_774m": ("gpu_baseline", "textbook", 200),
-    "huggingface": ("gpu_baseline", "huggingface", 200),
+    "device": Plan("gpu_baseline", "device", 60, 0),
+    "ceilings": Plan("gpu_baseline", "ceilings", 90, 15, "device"),
+    "gpt2_124m": Plan("gpu_baseline", "textbook", 240, 60, "device"),
+    "contract": Plan("gpu_tritium", "contract_on_device", 240, 30, "", INTERPRETED),
+    "kernels": Plan("gpu_tritium", "speed", 180, 30),
+    "tiles": Plan("tiles", "tune", 150, 40, "", INTERPRETED),
+    "training": Plan("gpu_tritium", "training_by_kernels", 300, 90, "source"),
+    "ablation": Plan("gpu_tritium", "ablation", 420, 180, "source", INTERPRETED),
+    "anatomy": Plan("gpu_tritium", "anatomy", 180, 60, "source"),
+    "peers": Plan("gpu_tritium", "against_peers", 420, 150, "source", EAGER),
+    "training_1558m": Plan("gpu_tritium", "training_of_size", 240, 100, "source"),
+    "anatomy_1558m": Plan("gpu_tritium", "anatomy", 240, 90, "source"),
+    "training_350m": Plan("gpu_tritium", "training_of_size", 200, 70, "source"),
+    "training_774m": Plan("gpu_tritium", "training_of_size", 200, 80, "source"),
+    "overhead": Plan("overhead", "on_device", 90, 20, "source"),
+    "ladder": Plan("gpu_tritium", "ladder", 900, 300, "source", EAGER),
+    "contract_compiled": Plan("gpu_tritium", "contract_on_device", 300, 60),
+    "contract_fp32": Plan("gpu_tritium", "contract_on_device", 300, 60),
+    "attention": Plan("gpu_baseline", "attention", 150, 60, "device"),
+    "gemm": Plan("gpu_baseline", "gemm", 120, 40, "device"),
+    "memory_bound": Plan("gpu_baseline", "memory_bound", 150, 40, "device"),
+    "gpt2_1558m": Plan("gpu_baseline", "textbook", 200, 80, "device"),
+    "flex": Plan("gpu_baseline", "flex", 150, 40, "device"),
+    "gpt2_350m": Plan("gpu_baseline", "textbook", 200, 60, "device"),
+    "gpt2_774m": Plan("gpu_baseline", "textbook", 200, 70, "device"),
+    "huggingface": Plan("gpu_baseline", "huggingface", 200, 60, "device"),
 }
+TABLE = "table"  # the last one, of which nobody can ask
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages; 0 when all that ran ended well, 1 otherwise, 2 for a wrong command line."""
-    parser = argparse.ArgumentParser(prog="gpu", description="Measure one GPU: its ceilings, libraries and tritium.")
-    parser.add_argument(
+def ops() -> list[str]:
+    """The ops' names, from the folders: torch is not loaded for them."""
+    return sorted(path.parent.name for path in (ROOT / "kernels").glob("*/reference.py"))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="gpu", description="Measure one GPU: its ceilings, libraries and tritium.", allow_abbrev=False
+    )
+    made.add_argument(
         "--out",
         type=pathlib.Path,
         default=pathlib.Path("runs/gpu"),
         help="folder of the results (default: %(default)s)",
     )
-    minutes = float(os.environ.get("GPU_MINUTES") or 9)
-    parser.add_argument(
-        "--minutes", type=float, default=minutes, help="time for all stages (default: GPU_MINUTES, or 9)"
+    made.add_argument(
+        "--minutes", default=os.environ.get("GPU_MINUTES") or "9", help="for all of it (default: GPU_MINUTES, or 9)"
     )
-    parser.add_argument("--stages", default=",".join(STAGES), help="which, in which order (default: %(default)s)")
-    parser.add_argument("--cpu", action="store_true", help="rehearse at tiny shapes on the CPU")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # what a stage's process is called with
-    a = parser.parse_args(argv)
-    if a.one:
-        return run_stage(a.one, a.out, a.cpu)
-    names = a.stages.split(",")
-    unknown = [name for name in names if name not in STAGES]
+    made.add_argument(
+        "--stages", default=os.environ.get("STAGE") or ",".join(STAGES),
+        help="which, in which order (default: STAGE, or %(default)s)",
+    )  # fmt: skip
+    made.add_argument(
+        "--ops",
+        default=os.environ.get("OPS") or "",
+        help="only these (default: OPS, or all); kernels is then tiles too",
+    )
+    made.add_argument("--again", action="store_true", help="also what an earlier run has shown already")
+    made.add_argument(
+        "--records", type=pathlib.Path,
+        help="folder of earlier runs, to which this is added (default: benchmarks/results/GPU; a rehearsal's: none)",
+    )  # fmt: skip
+    made.add_argument("--cpu", action="store_true", help="rehearse at tiny shapes on the CPU")
+    # what the processes of a stage are called with
+    made.add_argument("--one", help=argparse.SUPPRESS)
+    made.add_argument("--serve", help=argparse.SUPPRESS)
+    return made
+
+
+def _named(made: argparse.ArgumentParser, given: str, known: Sequence[str], noun: str) -> list[str]:
+    """The names in a list with commas; exit status 2, with the nearest, for one that is not known."""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known, 3, cutoff=0.0))
+            made.error(f"there is no {noun} {name!r}; the nearest are {near}. All: {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages; 0 when all that ran ended well, 1 otherwise, 2 for a wrong command line, 130 after Ctrl-C."""
+    made = parser()
+    a, unknown = made.parse_known_args(argv)
     if unknown:
-        parser.error(f"there is no stage {', '.join(unknown)}; stages: {', '.join(STAGES)}")
-    this = (sys.executable, "-P", str(pathlib.Path(__file__).resolve()), "--out", str(a.out)) + ("--cpu",) * a.cpu
+        flags = [flag for action in made._actions for flag in action.option_strings]
+        near = ", ".join(difflib.get_close_matches(unknown[0], flags, 3, cutoff=0.0))
+        made.error(f"there is no flag {unknown[0]!r}; the nearest are {near}")
+    names, chosen_ops = _named(made, a.stages, list(STAGES), "stage"), _named(made, a.ops, ops(), "op")
+    try:
+        minutes = float(a.minutes)
+    except ValueError:
+        minutes = math.nan
+    if not 0.0 < minutes < math.inf:
+        made.error(f"--minutes (GPU_MINUTES) is a number above 0, and {a.minutes!r} is none")
+    if a.serve:
+        return serve_stage(a.serve, a.out, a.cpu)
+    if a.one:
+        return run_stage(a.one, a, chosen_ops)
+    if chosen_ops and "kernels" in names and "tiles" not in names:
+        names.insert(names.index("kernels") + 1, "tiles")
+    return run_all([name for name in names if name != "device"], minutes, a, chosen_ops)
+
+
+def run_all(names: Sequence[str], minutes: float, a: argparse.Namespace, chosen_ops: Sequence[str]) -> int:
+    """The stage ``device``, which says whose records count, then the others, the table and the archive."""
+    end = time.monotonic() + 60.0 * minutes - RESERVE_S
+    say = lambda text: print(text, flush=True)  # noqa: E731
+    a.out.mkdir(parents=True, exist_ok=True)
+    begun = time.time()
+    for name in (*STAGES, TABLE):  # an earlier run's into the same folder would be in this one's table
+        (a.out / f"{name}.jsonl").unlink(missing_ok=True)
+    common = [sys.executable, "-P", str(pathlib.Path(__file__).resolve()), "--out", str(a.out)]
+    common += ["--cpu"] * a.cpu + ["--again"] * a.again + ["--ops", ",".join(chosen_ops)]
+    outcomes = stages.run([_stage("device", common, a)], a.out, max(end, time.monotonic() + 1.0), say)
+    facts = gpu_records.facts_of(a.out)
+    if outcomes[0].status == "ok" and facts:
+        folder = a.records or (None if a.cpu else gpu_records.folder_of(facts["device"]))
+        kept = None if folder is None else gpu_records.new_folder(folder)
+        earlier = gpu_records.Earlier(folder)
+        if folder is not None:
+            common += ["--records", str(folder)]
+        digest = gpu_records.tree_digest()
+        ran = ["device"]
+
+        def keep(outcome: stages.Outcome) -> None:
+            if outcome.status not in ("not run", "recorded"):
+                ran.append(outcome.stage)
+            if kept is not None:
+                try:
+                    gpu_records.keep(a.out, ran, kept, begun)
+                except OSError as error:  # a full disk, or a tree that cannot be written to: OUT has it all
+                    say(f"not kept in {kept}: {error}")
+
+        chosen = [_stage(name, common, a, facts, digest, earlier) for name in names]
+        outcomes += stages.run(chosen, a.out, end, say, keep)
+    else:
+        outcomes += [stages.Outcome(name, "not run", 0.0, "there is no device to measure") for name in names]
+        for outcome in outcomes[1:]:
+            say(f"== {outcome}")
+    table = stages.run([_stage(TABLE, common, a)], a.out, time.monotonic() + 600.0, lambda text: None)[0]
+    if table.status != "ok":
+        say("\n".join(["", f"the table could not be made: {table.detail}", *map(str, outcomes)]))
+    else:
+        say("\n" + (a.out / "table.txt").read_text())
+    try:
+        say(f"written: {stages.archive(a.out, 'rehearsal' if a.cpu else 'gpu')}")
+    except OSError as error:
+        say(f"the archive could not be written: {error}; what there is lies in {a.out}")
+        return 1
+    if any("Ctrl-C" in outcome.detail for outcome in outcomes):
+        return 130
+    return int(any(outcome.status in ("failed", "time limit") for outcome in [*outcomes, table]))
+
+
+def _stage(
+    name: str,
+    common: Sequence[str],
+    a: argparse.Namespace,
+    facts: dict[str, str] | None = None,
+    digest: str = "",
+    earlier: gpu_records.Earlier | None = None,
+) -> stages.Stage:
+    """The process of a stage; with ``earlier``, what it need not do again."""
+    plan = Plan("gpu_table", "table", 120, 0) if name == TABLE else STAGES[name]
     patience = 3 if a.cpu else 1  # a rehearsal may share a few cores with others
-    chosen = [stages.Stage(name, patience * STAGES[name][2], (*this, "--one", name)) for name in names]
-    outcomes = stages.run(chosen, a.out, a.minutes, say=lambda text: print(text, flush=True))
-    print(f"written: {stages.archive(a.out, 'rehearsal' if a.cpu else 'gpu')}", flush=True)
-    return int(any(outcome.status in ("failed", "time limit") for outcome in outcomes))
+    environment = plan.rehearsal if a.cpu else {}
+    command = (*common, "--one", name)
+    shared = dict(facts or {})
+    if plan.known == "source":
+        shared["digest"] = digest
+    elif plan.known == "device":
+        shared.pop("triton", None)
+    recorded = None
+    if plan.known and earlier is not None and not a.again:
+        recorded = earlier.stage(name, shared)
+    if recorded is not None:  # its figures belong into this run's table
+        stages.copy_lines(recorded, a.out / f"{name}.jsonl")
+    return stages.Stage(
+        name, patience * plan.limit_s, command, 1.0 if a.cpu or name == "device" else plan.expects_s,
+        f"recorded already: {recorded}; --again repeats it" if recorded is not None else "", shared, environment,
+    )  # fmt: skip
 
 
-def run_stage(name: str, out: pathlib.Path, cpu: bool) -> int:
+def run_stage(name: str, a: argparse.Namespace, chosen_ops: Sequence[str]) -> int:
     """One stage, in this process."""
     import importlib
 
+    plan = Plan("gpu_table", "table", 120, 0) if name == TABLE else STAGES[name]
+    seconds = os.environ.get(stages.SECONDS)
+    end = None if seconds is None else time.monotonic() + float(seconds) - 5.0  # to write what there is
+    this = [sys.executable, "-P", str(pathlib.Path(__file__).resolve()), "--out", str(a.out)] + ["--cpu"] * a.cpu
+    facts = gpu_records.facts_of(a.out) if name != "device" else {}
+    run = gpu_records.Run(chosen_ops, a.again, gpu_records.Earlier(a.records), end, facts, [*this, "--serve"])
+    function = getattr(importlib.import_module(f"tritium.benchmarks.{plan.module}"), plan.function)
+    function(_bench(stages.Lines(a.out, name), a.cpu, run, needs_gpu=name != TABLE))
+    return 0
+
+
+def serve_stage(name: str, out: pathlib.Path, cpu: bool) -> int:
+    """Items of one stage, in this process, as stdin hands them out."""
+    from tritium.benchmarks import gpu_tritium
+
+    gpu_tritium.serve(name, _bench(stages.Lines(out, name, begin=False), cpu, gpu_records.Run()))
+    return 0
+
+
+def _bench(lines: stages.Lines, cpu: bool, run: gpu_records.Run, needs_gpu: bool = True) -> Bench:
     import torch
 
-    from tritium.benchmarks.gpu_baseline import Bench
+    from tritium.benchmarks import gpu_baseline
 
-    if not cpu and not torch.cuda.is_available():
+    if needs_gpu and not cpu and not torch.cuda.is_available():
         raise SystemExit("this measures a GPU and torch sees none; --cpu rehearses the stages without one")
-    module, function, _ = STAGES[name]
-    lines = stages.Lines(out, name)
-    getattr(importlib.import_module(f"tritium.benchmarks.{module}"), function)(
-        Bench(lines, "cpu" if cpu else "cuda", tiny=cpu)
-    )
-    return 0
+    return gpu_baseline.Bench(lines, "cpu" if cpu else "cuda", tiny=cpu, run=run)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ V vocabulary · N rows. FLOP/s of causal attention count the causal half; a back
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -23,10 +25,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tritium.benchmarks import peers, record, timing
+from tritium.benchmarks.gpu_records import Run
 from tritium.benchmarks.stages import Lines, read_lines
 from tritium.engine import presets
 from tritium.engine.config import Config, GPTConfig
 from tritium.engine.metrics import flops_per_token
+
+if TYPE_CHECKING:
+    from tritium.benchmarks import ours
 
 GPT2S = {"gpt2_124m": 32, "gpt2_350m": 16, "gpt2_774m": 16, "gpt2_1558m": 8}  # preset → rows of a step
 TINY = GPTConfig(vocab_size=500, block_size=64, n_layer=2, n_head=2, n_embd=64)
@@ -39,12 +45,19 @@ class Bench:
     inputs come from memory, and inputs rotate where there are several.
     """
 
-    def __init__(self, lines: Lines, device: str, tiny: bool, seconds: float = 0.3):
+    def __init__(self, lines: Lines, device: str, tiny: bool, seconds: float = 0.3, run: Run | None = None):
         self.lines, self.device, self.tiny = lines, device, tiny
         self.seconds = 0.0 if tiny else seconds
-        self.cold = timing.clock_for(device, scrub_bytes=0 if tiny else 256 << 20)
-        self.warm = timing.clock_for(device)
+        self.run = run or Run()
         torch.manual_seed(0)
+
+    @functools.cached_property
+    def cold(self) -> timing.Clock:  # on demand: a stage whose children do the work takes no memory of the GPU's
+        return timing.clock_for(self.device, scrub_bytes=0 if self.tiny else 256 << 20)
+
+    @functools.cached_property
+    def warm(self) -> timing.Clock:
+        return timing.clock_for(self.device)
 
     def quantiles_ms(
         self, calls: Callable[[], object] | Sequence[Callable[[], object]], clock: timing.Clock | None = None
@@ -89,8 +102,7 @@ class Bench:
 
     def matmul_tflops(self) -> float | None:
         """What the stage ``ceilings`` of this run measured for bf16, if it ran."""
-        path = self.lines.out / "ceilings.jsonl"
-        found = read_lines(path) if path.exists() else []
+        found = read_lines(self.lines.out / "ceilings.jsonl")
         return next(
             (line["value"] for line in found if line["name"].startswith("matmul bf16") and line["unit"] == "TFLOP/s"),
             None,
@@ -310,7 +322,7 @@ def huggingface(bench: Bench) -> None:
 
 
 def tokens_per_second(
-    bench: Bench, name: str, build: Callable[[], peers.Training], config: Config, B: int, T: int
+    bench: Bench, name: str, build: Callable[[], peers.Training | ours.Training], config: Config, B: int, T: int
 ) -> None:
     """Whole steps (forward, backward, clip, update) of one implementation; what fails is recorded under its name."""
     with bench.lines.attempt(name):

@@ -2,7 +2,7 @@
 results.
 
 A stage appends lines to ``OUT/STAGE.jsonl`` as it goes (:class:`Lines`); the runner (:func:`run`) adds a last one
-with how it ended.
+with how it ended. One that hangs, crashes, says nothing or writes without end is ended and named; the next begins.
 """
 
 from __future__ import annotations
@@ -16,26 +16,36 @@ import signal
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 LEAST_S = 20.0  # a stage is not begun with less time than this
+MOST_BYTES = 64 << 20  # of the files that a stage appends to; more is a loop
+LOOK_S = 0.5  # between looks at them
+SECONDS = "TRITIUM_STAGE_SECONDS"  # environment variable of a stage: after so many it is killed
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A name for files, a limit for hangs, and the command to run."""
+    """A name for files, a limit for hangs, and the command to run. expects_s: with less time left it is not begun.
+    recorded: why it need not run ("recorded already: FILE"); "" to run it. facts: goes into its last line.
+    environment: beside the parent's.
+    """
 
     name: str
     limit_s: float
     command: tuple[str, ...]
+    expects_s: float = LEAST_S
+    recorded: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended. status: "ok", "failed" (its exit status was not 0), "time limit" (killed) or "not run" (no
-    time left).
+    """How a stage ended. status: "ok", "failed" (its exit status was not 0, it wrote nothing, or too much), "time
+    limit" (killed), "recorded" (need not run) or "not run" (no time left, or the run was stopped).
     """
 
     stage: str
@@ -43,72 +53,110 @@ class Outcome:
     seconds: float
     detail: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.status} in {self.seconds:.0f} s" + (f" ({self.detail})" if self.detail else "")
+
 
 def run(
     stages: Sequence[Stage],
     out: pathlib.Path,
-    minutes: float,
+    end: float,
     say: Callable[[str], object] = print,
-    least_s: float = LEAST_S,
+    after: Callable[[Outcome], object] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Run the stages in order within ``minutes`` altogether; returns how each ended. A stage's stderr goes to
-    STAGE.stderr.txt.
+    """Run the stages in order until ``end`` (time.monotonic()); returns how each ended. A stage's stderr goes to
+    STAGE.stderr.txt. after: called when one has ended. Ctrl-C ends the stage that runs; the others are not run.
     """
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60.0 * minutes
-    outcomes = []
+    outcomes: list[Outcome] = []
+    stopped = False
     for stage in stages:
         left = end - time.monotonic()
-        outcome = (
-            _run(stage, out, min(left, stage.limit_s))
-            if left >= least_s
-            else Outcome(stage.name, "not run", 0.0, "no time left")
-        )
-        _close_lines(out / f"{stage.name}.jsonl", outcome)
-        say(
-            f"== {stage.name}: {outcome.status} in {outcome.seconds:.0f} s"
-            + (f" ({outcome.detail})" if outcome.detail else "")
-        )
+        if stage.recorded:
+            outcome = Outcome(stage.name, "recorded", 0.0, stage.recorded)
+        elif stopped:
+            outcome = Outcome(stage.name, "not run", 0.0, "stopped by Ctrl-C")
+        elif left < stage.expects_s:
+            outcome = Outcome(stage.name, "not run", 0.0, f"wants {stage.expects_s:.0f} s, {max(left, 0.0):.0f} left")
+        else:
+            try:
+                outcome = _run(stage, out, min(left, stage.limit_s))
+            except KeyboardInterrupt:
+                stopped = True
+                outcome = Outcome(stage.name, "failed", 0.0, "stopped by Ctrl-C")
+            except OSError as error:  # it could not be started, or its stderr not be written
+                outcome = Outcome(stage.name, "failed", 0.0, f"{type(error).__name__}: {error}")
+        try:
+            _close_lines(out / f"{stage.name}.jsonl", outcome, stage.facts)
+        except OSError as error:  # a full disk: how it ended is still said and shown in the table
+            say(f"{stage.name}: its last line could not be written: {error}")
+        say(f"== {outcome}")
         outcomes.append(outcome)
+        after(outcome)
     return outcomes
 
 
 def _run(stage: Stage, out: pathlib.Path, limit_s: float) -> Outcome:
     start = time.monotonic()
-    errors = out / f"{stage.name}.stderr.txt"
+    lines, errors = out / f"{stage.name}.jsonl", out / f"{stage.name}.stderr.txt"
+    lines.unlink(missing_ok=True)  # what an earlier run left there is not this stage's
+    why = ""
     with errors.open("w") as stderr:
         # a session of its own: a kill reaches everything the stage has started
-        process = subprocess.Popen(stage.command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+        process = subprocess.Popen(
+            stage.command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
+            env={**os.environ, **stage.environment, SECONDS: str(limit_s)},
+        )  # fmt: skip
         try:
-            status: int | None = process.wait(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            status = None
+            while not why:
+                left = start + limit_s - time.monotonic()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(min(left, LOOK_S), 0.0))
+                    break
+                if left <= 0.0:
+                    why = "time limit"
+                elif _bytes(lines) + _bytes(errors) > MOST_BYTES:
+                    why = "failed"
         finally:  # also on Ctrl-C
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     seconds = time.monotonic() - start
-    if status is None:
-        return Outcome(stage.name, "time limit", seconds, f"killed after {limit_s:.0f} s")
-    if status != 0:
-        said = errors.read_text(errors="replace").strip().splitlines()
-        return Outcome(
-            stage.name, "failed", seconds, f"exit status {status}: {said[-1] if said else 'it said nothing'}"
-        )
+    if why == "time limit":
+        return Outcome(stage.name, why, seconds, f"killed after {limit_s:.0f} s")
+    if why:
+        return Outcome(stage.name, why, seconds, f"killed: it wrote more than {MOST_BYTES >> 20} MiB")
+    if process.returncode != 0:
+        return Outcome(stage.name, "failed", seconds, f"exit status {process.returncode}: {_last_line(errors)}")
+    if not _bytes(lines):
+        return Outcome(stage.name, "failed", seconds, "it ended with status 0 and wrote nothing")
     return Outcome(stage.name, "ok", seconds)
 
 
-def _close_lines(path: pathlib.Path, outcome: Outcome) -> None:
+def _bytes(path: pathlib.Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _last_line(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(_bytes(path) - 4096, 0))
+        said = file.read().decode(errors="replace").strip().splitlines()
+    return said[-1][:500] if said else "it said nothing"
+
+
+def _close_lines(path: pathlib.Path, outcome: Outcome, facts: Mapping[str, str]) -> None:
     """Append how the stage ended; a line that a kill cut short is ended first, so that the others stay readable."""
     with path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        line = {"stage": outcome.stage, "name": "end", "value": outcome.status, "unit": "status"}
-        file.write(
-            (json.dumps({**line, "seconds": round(outcome.seconds, 1), "detail": outcome.detail}) + "\n").encode()
-        )
+        line: dict[str, Any] = {"stage": outcome.stage, "name": "end", "value": outcome.status, "unit": "status"}
+        line |= {"seconds": round(outcome.seconds, 1), "detail": outcome.detail, **facts}
+        file.write((json.dumps(line) + "\n").encode())
+
+
+KEPT = (".jsonl", ".json", ".txt", ".md", ".png")  # what stages write
 
 
 def archive(out: pathlib.Path, name: str) -> pathlib.Path:
@@ -116,18 +164,26 @@ def archive(out: pathlib.Path, name: str) -> pathlib.Path:
     path = out / f"{name}.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         for file in sorted(out.iterdir()):
-            if file.suffix in (".jsonl", ".txt"):
+            if file.suffix in KEPT:
                 tar.add(file, arcname=f"{name}/{file.name}")
     return path
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of one stage; a line cut short by a kill is left out."""
+    """The lines of one stage; [] where there is no file. A line that a kill cut short, or garbage, is left out."""
     found = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(text))
+            line = json.loads(text)
+            if isinstance(line, dict) and {"name", "value", "unit"} <= line.keys():
+                found.append(line)
     return found
+
+
+def copy_lines(source: pathlib.Path, target: pathlib.Path) -> None:
+    """An earlier run's lines of a stage but for how it ended, each with ``recorded``: the file they are from."""
+    kept = [line for line in read_lines(source) if line["name"] != "end"]
+    target.write_text("".join(json.dumps({"recorded": str(source)} | line) + "\n" for line in kept))
 
 
 class Lines:
@@ -135,10 +191,11 @@ class Lines:
     on stdout.
     """
 
-    def __init__(self, out: pathlib.Path, stage: str):
+    def __init__(self, out: pathlib.Path, stage: str, begin: bool = True):
         self.out, self.stage = out, stage
         self.path = out / f"{stage}.jsonl"
-        self.path.write_text("")  # a stage that is run again replaces what it wrote
+        if begin:
+            self.path.write_text("")  # a stage that is run again replaces what it wrote
 
     def write(self, name: str, value: float | str, unit: str, **more: Any) -> None:
         """A number is kept to five digits; one that is not finite is an error, since JSON has no name for it."""
