@@ -516,12 +516,13 @@ def _explained(
 def handing_out(training: Training, batches: Sequence[Any]) -> Iterator[Callable[[], MicroBatch]]:
     """What gives the profiled steps their batches, on the host and as ``tritium train`` has them (page-locked for a
     GPU): the loader of the folder that the configuration names, or else ``batches``, which cost no wait."""
-    from tritium.engine.data.loader import Loader
     from tritium.engine.step import MicroBatch
 
     config, cuda = training.config, training.world.device.type == "cuda"
     B, T = batches[0][0].shape
     if config.data.folder:
+        from tritium.engine.data.loader import Loader  # whose libraries a bare machine with a GPU need not have
+
         loader = Loader(
             config.data.folder, "train", T=T, batch_rows=B, seed=config.data.seed, vocab_size=config.model.vocab_size,
             pin_memory=cuda,

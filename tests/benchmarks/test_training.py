@@ -23,6 +23,14 @@ CONFIG = Config(name="few", model=MODEL, train=TrainConfig(precision="fp32", com
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Rates from a few repeats, and attention's contract taken as kept: neither is in question."""
+    measure = metrics.matmul_rate
+    monkeypatch.setattr(metrics, "matmul_rate", lambda *args, seconds: measure(*args, seconds=0.01))
+    monkeypatch.setattr(kernels_bench.Gate, "admits", lambda *args: True)
+
+
 def figures(result):
     return {f["name"]: f["value"] for f in result["figures"]}
 
@@ -121,7 +129,7 @@ product.register_autograd(
 )
 
 
-def test_an_op_that_torch_cannot_count_gives_no_hfu_and_fails_the_run(planted):
+def test_an_op_that_torch_cannot_count_gives_no_hfu_and_fails_the_run(planted, quick):
     def linear(x, weight, bias=None):
         y = product(x, weight)
         return y if bias is None else y + bias
@@ -135,7 +143,7 @@ def test_an_op_that_torch_cannot_count_gives_no_hfu_and_fails_the_run(planted):
     assert "not counted" in training.summary(result)
 
 
-def test_the_step_is_held_to_its_products_and_attention_of_the_same_run(monkeypatch):
+def test_the_step_is_held_to_its_products_and_attention_of_the_same_run(quick, monkeypatch):
     """Times as planted: a step of 12 ms beside products of 6 and attention of 2 is 1.5 times what it needs."""
 
     def interleave(arms, rounds, between):
@@ -219,7 +227,7 @@ def traced(monkeypatch):
 COMPILED = CONFIG.replace(train={"compile": "true"}, kernels={"default": "reference"})
 
 
-def test_compiling_after_the_warm_up_fails_the_run(traced, monkeypatch):
+def test_compiling_after_the_warm_up_fails_the_run(traced, quick, monkeypatch):
     monkeypatch.setattr(ours, "build", Shortening)
     result = training.bench(COMPILED, 16, 2, rounds=2)
     assert failed(result) == []
@@ -239,7 +247,7 @@ def test_compiling_after_the_warm_up_fails_the_run(traced, monkeypatch):
     assert result["compilation"]["compiled_after_warm_up"] == 1
 
 
-def test_a_model_is_compiled_from_nothing(traced, monkeypatch):
+def test_a_model_is_compiled_from_nothing(traced, quick, monkeypatch, tmp_path):
     folders = []
 
     class Looking(ours.Training):
@@ -251,7 +259,7 @@ def test_a_model_is_compiled_from_nothing(traced, monkeypatch):
             return super().step(ids, targets)
 
     monkeypatch.setattr(ours, "build", Looking)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "the user's own")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     for _ in range(2):  # the second time too: dynamo would have it all
         folders.clear()
         result = training.bench(COMPILED, 16, 2, rounds=2)
@@ -259,7 +267,8 @@ def test_a_model_is_compiled_from_nothing(traced, monkeypatch):
         assert result["compilation"]["graphs"] == 1
         assert len(set(folders)) == 1
         assert not folders[0].exists()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "the user's own"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def broken_gelu(x, approximate="tanh"):
@@ -286,7 +295,7 @@ class Breaking(ours.Training):
         return super().step(ids, targets)
 
 
-def test_graph_breaks_are_counted_in_the_steps_and_not_in_what_is_measured_beside_them(monkeypatch):
+def test_graph_breaks_are_counted_in_the_steps_and_not_in_what_is_measured_beside_them(quick, monkeypatch):
     real = training.attention_call
 
     def attention_call(*args):
@@ -299,7 +308,7 @@ def test_graph_breaks_are_counted_in_the_steps_and_not_in_what_is_measured_besid
     assert failed(training.bench(CONFIG, 16, 2, rounds=2)) == ["no graph break"]
 
 
-def test_compiling_twice_before_the_warm_up_ends_is_more_than_one_graph(monkeypatch):
+def test_compiling_twice_before_the_warm_up_ends_is_more_than_one_graph(quick, monkeypatch):
     class Twice(ours.Training):
         def step(self, ids, targets):
             if not self.engine.config.run.out:  # once
@@ -311,7 +320,7 @@ def test_compiling_twice_before_the_warm_up_ends_is_more_than_one_graph(monkeypa
     assert failed(training.bench(CONFIG, 16, 2, rounds=2)) == ["one graph"]
 
 
-def test_attention_that_fails_at_the_steps_size_is_passed_over(monkeypatch):
+def test_attention_that_fails_at_the_steps_size_is_passed_over(quick, monkeypatch):
     real = kernels_bench.call_of
 
     def call_of(backend, inputs, **how):
@@ -326,7 +335,20 @@ def test_attention_that_fails_at_the_steps_size_is_passed_over(monkeypatch):
     assert "fails at this size: OutOfMemoryError: CUDA out of memory" in why_not["reference"]
 
 
-def test_the_fastest_attention_is_the_one_whose_time_is_shortest(monkeypatch):
+def test_attention_that_breaks_its_contract_is_not_held_against_the_step(monkeypatch):
+    def admits(gate, op, backend, dtype):
+        gate.red += ["max error 3"] * (backend.name == "native")
+        return backend.name != "native"
+
+    monkeypatch.setattr(kernels_bench.Gate, "admits", admits)
+    monkeypatch.setattr(ops.attention, "backends", lambda: ["reference", "native"])
+    clock = training.timing.clock_for("cpu")
+    chosen, _, why_not = training.attention_call(CONFIG, 2, 16, torch.float32, "cpu", clock)
+    assert chosen == "reference"
+    assert why_not == {"native": "it breaks the contract: max error 3"}
+
+
+def test_the_fastest_attention_is_the_one_whose_time_is_shortest(quick, monkeypatch):
     class Clock:
         """Tells planted times, in the order in which the backends are tried; the first run of each is a warm-up."""
 
@@ -342,7 +364,7 @@ def test_the_fastest_attention_is_the_one_whose_time_is_shortest(monkeypatch):
     assert why_not == {"reference": "1.67 × as long", "sdpa_flash": "1.33 × as long"}
 
 
-def test_a_loss_that_is_not_finite_fails_the_run(monkeypatch):
+def test_a_loss_that_is_not_finite_fails_the_run(quick, monkeypatch):
     class Broken(ours.Training):
         def step(self, ids, targets):
             return super().step(ids, targets) * float("nan")
