@@ -1,11 +1,15 @@
 """Speed of the ops: op × backend × case, interleaved, for backends that are right.
 
-    tritium bench kernels [OP ...] [--backends a,b] [--cases PATTERN] [--dtypes fp32,bf16] [--device
-    cuda] [--compiled]
+    tritium bench kernels [OP ...] [--backends a,b] [--cases PATTERN] [--dtypes fp32,bf16] [--device cuda] [--compiled]
 
 Before a backend is timed it is held to the contract (tritium.kernels.contract) on the op's small cases, in the dtype
 and on the device of the timing. One that is red gets no figure, and the exit status is 1. Rates are those of an ideal
-kernel's work (cases.py: bytes and flops that must be moved and done once) in the time that this backend took.
+kernel's work (cases.py: bytes and flops that must be moved and done once) in the time that this backend took. They are
+shown as parts of what a large copy and a large product reach on this device, measured before and after each op, and of
+the bound: kernels/peaks.py's where it knows the device, else the one that these two rates give.
+
+Other packages' kernels are backends like tritium's own, where they are installed; Inductor is the reference under
+torch.compile.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import itertools
+import json
 import math
 import pathlib
+import re
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,28 +34,31 @@ from torch import Tensor
 from tritium.benchmarks import record, timing
 from tritium.kernels import contract, peaks
 from tritium.kernels.case import Case
-from tritium.kernels.op import Backend, KernelError, Op
+from tritium.kernels.op import Backend, KernelError, Op, nearest
 from tritium.kernels.ops import OPS
-from tritium.kernels.site import Machine
+from tritium.kernels.site import Machine, interpreting
 
 if TYPE_CHECKING:
     from tritium.benchmarks.gpu_baseline import Bench
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_GFLOP = 2.0  # on a CPU, larger cases are left out unless named
+INDUCTOR = "inductor"  # a name for the reference under torch.compile
 ROW: record.Schema = {
     "op": str, "backend": str, "case": str, "dtype": str, "compiled": bool,
     "what": str,  # "forward", "forward+backward" or, of an update op, "update"
     "p20_ms": record.NUMBER, "p50_ms": record.NUMBER, "p80_ms": record.NUMBER, "noise": record.NUMBER,
     "gb_per_s": record.NUMBER, "tflop_per_s": record.NUMBER,
     "of_copy": record.NUMBER, "of_matmul": record.NUMBER,  # as fractions of this device's measured rates
-    "of_bound": record.NUMBER,  # the larger of the two that count: products only where the op's are matrices'
+    "of_bound": record.NUMBER,
+    "bound_by": str,  # "memory", "tensor cores", ... of kernels/peaks.py; else "measured copy" or "measured matmul"
     "over_reference": (dict, type(None)),  # interval of the speed ratio to the eager reference; null for that itself
 }  # fmt: skip
 SCHEMA: record.Schema = {
     "clock": str,
     "rounds": int,
-    "rates": {str: {"copy_gb_per_s": record.NUMBER, "matmul_tflop_per_s": record.NUMBER}},  # by dtype, before and after
+    "rates": {str: {"copy_gb_per_s": record.NUMBER, "matmul_tflop_per_s": record.NUMBER}},  # by dtype, medians
+    "peak": (str, type(None)),  # the device in kernels/peaks.py
     "rows": [ROW],
     "refused": [{"op": str, "backend": str, "why": str}],
     "red": [str],
@@ -86,7 +96,7 @@ class Measured:
         if self.over_reference is not None:
             ratio = "{median:.2f} × reference [{low:.2f}, {high:.2f}]".format(**self.over_reference)
         spread = f"{self.p50_ms:>9.4f} ms [{self.p20_ms:.4f}, {self.p80_ms:.4f}]"
-        rates = f"{self.gb_per_s:>8.1f} GB/s {self.tflop_per_s:>7.2f} TFLOP/s"
+        rates = f"{self.gb_per_s / 1e3:>7.4f} TB/s {self.tflop_per_s:>8.4f} TFLOP/s"
         return f"{label:<34} {self.case:<24} {self.dtype:<5} {self.what:<17} {spread} {rates}  {ratio}"
 
 
@@ -109,6 +119,8 @@ class Gate:
 
     def admits(self, op: Op, backend: Backend, dtype: torch.dtype, compiled: bool = False) -> bool:
         """False when a check failed (its text is in ``red``) or when not one could be made."""
+        if backend.name == "reference" and not compiled:  # what the contract is made of
+            return True
         key = (op.name, backend.name, dtype, compiled)
         if key not in self._passed:
             small = [case for case in op.cases.CASES if not case.large]
@@ -161,7 +173,8 @@ def work(op: Op, case: Case, dtype: torch.dtype, what: str) -> tuple[int, int]:
 @dataclass
 class Request:
     """What to time. backends: empty for all; module paths are added. pattern: of case names, or several with commas
-    between; empty for the large ones (on a CPU, those it can bear).
+    between; empty for the large ones (on a CPU, those it can bear). compiled: every backend under torch.compile as
+    well. inductor: the reference alone.
     """
 
     ops: Sequence[Op]
@@ -172,6 +185,7 @@ class Request:
     compiled: bool = False
     rounds: int = 10
     inner: int = 3
+    inductor: bool = False
 
 
 def bench_case(
@@ -263,7 +277,8 @@ def bench_ops(request: Request, gate: Gate, clock: timing.Clock, refused: list[d
                     row = {"op": op.name, "backend": name, "why": why}
                     refused += [row] if row not in refused else []
                     continue
-                modes = (False, True) if request.compiled and not op.updates else (False,)
+                also = request.compiled or (name == "reference" and request.inductor)
+                modes = (False, True) if also and not op.updates else (False,)
                 chosen += [(backend, mode) for mode in modes if gate.admits(op, backend, dtype, mode)]
             yield from bench_case(op, chosen, case, dtype, request, clock, refused)
 
@@ -280,12 +295,25 @@ def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def fractions(row: Measured, reached: Mapping[str, float]) -> dict[str, float]:
-    """ROW's of_copy, of_matmul and of_bound."""
+def peak_of(name: str) -> peaks.Peak | None:
+    """The entry of kernels/peaks.py for a device's marketing name, or None."""
+    return next((peak for peak in peaks.PEAKS if peak.name.split()[0].lower() in name.lower()), None)
+
+
+def fractions(row: Measured, reached: Mapping[str, float], peak: peaks.Peak | None = None) -> dict[str, Any]:
+    """ROW's of_copy, of_matmul, of_bound and bound_by."""
     of_copy = row.gb_per_s / reached["copy_gb_per_s"]
     of_matmul = row.tflop_per_s / reached["matmul_tflop_per_s"]
-    of_bound = max(of_copy, of_matmul) if row.op in peaks.ON_TENSOR_CORES else of_copy
-    return {"of_copy": of_copy, "of_matmul": of_matmul, "of_bound": of_bound}
+    if peak is not None:
+        op = OPS[row.op]
+        (case,) = (case for case in op.cases.CASES if case.name == row.case)
+        bound_ms, by = peaks.bound(op, case, DTYPES[row.dtype], row.what, peak)
+        of_bound = bound_ms / row.p50_ms
+    elif row.op in peaks.ON_TENSOR_CORES and of_matmul > of_copy:  # products count only where they are matrices'
+        of_bound, by = of_matmul, "measured matmul"
+    else:
+        of_bound, by = of_copy, "measured copy"
+    return {"of_copy": of_copy, "of_matmul": of_matmul, "of_bound": of_bound, "bound_by": by}
 
 
 def on_device(bench: Bench) -> None:
@@ -310,64 +338,159 @@ def on_device(bench: Bench) -> None:
         raise SystemExit("red, hence not timed: " + "; ".join(gate.red))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Time ops; 0, or 1 when a backend was red, or 2 for a wrong command line."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="tritium bench kernels", description="Speed of the ops, backend by backend.")
-    parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
-    parser.add_argument("--backends", default="", help="comma-separated; the reference is always timed (default: all)")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="tritium bench kernels", allow_abbrev=False,
+        description="Speed of the ops, backend by backend; one that breaks the contract gets no figure.",
+    )  # fmt: skip
+    made.add_argument("ops", nargs="*", metavar="OP", help="default: all")
+    made.add_argument(
+        "--backends", default="",
+        help=f"comma-separated names or module paths of your own; {INDUCTOR} is the reference compiled; the reference "
+        f"is always timed (default: all that can run, on a GPU {INDUCTOR} too)",
+    )  # fmt: skip
+    made.add_argument(
         "--cases", default="", metavar="PATTERN", help="case names, e.g. 'gpt2_*' (default: the large ones)"
     )
-    parser.add_argument("--dtypes", default="", help="fp32, bf16, fp16 (default: fp32 on a CPU, bf16 on a GPU)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--compiled", action="store_true", help="also inside torch.compile")
-    parser.add_argument("--rounds", type=int, default=10, help="interleaved rounds (default: 10)")
-    parser.add_argument("--out", type=pathlib.Path, help="write the record to this file")
-    a = parser.parse_args(argv)
+    made.add_argument("--dtypes", default="", help="fp32, bf16, fp16 (default: fp32 on a CPU, bf16 on a GPU)")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    made.add_argument("--compiled", action="store_true", help="every backend also inside torch.compile")
+    made.add_argument("--rounds", type=int, default=10, help="interleaved rounds (default: 10)")
+    made.add_argument("--json", action="store_true", help="print the record, and all else to stderr")
+    made.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="file of the record (default: benchmarks/results/MACHINE/kernels_OPS_DTYPES.json)",
+    )
+    return made
+
+
+def _check(made: argparse.ArgumentParser, a: argparse.Namespace, dtypes: Sequence[str]) -> None:
+    """Exit with status 2 where the command line cannot be meant, before anything is timed."""
+
+    def known(given: Sequence[str], names: Sequence[str], noun: str) -> None:
+        for name in given:
+            if name not in names:
+                made.error(
+                    f"there is no {noun} {name!r}; the nearest are {nearest(name, names)}. All: {', '.join(names)}"
+                )
+
+    known(a.ops, list(OPS), "op")
+    known(dtypes, list(DTYPES), "dtype")
+    ops = [OPS[name] for name in a.ops or OPS]
+    backends = sorted({name for op in ops for name in op.backends()} | {INDUCTOR})
+    known([name for name in a.backends.split(",") if name and "." not in name], backends, "backend of these ops")
+    cases = sorted({case.name for op in ops for case in op.cases.CASES})
+    for pattern in filter(None, a.cases.split(",")):
+        if not fnmatch.filter(cases, pattern):
+            made.error(f"--cases {pattern} matches no case of these ops; the nearest are {nearest(pattern, cases)}")
+    if interpreting():
+        made.error("TRITON_INTERPRET is set, and Triton's interpreter says nothing about speed; unset it")
+    if a.rounds < 2:
+        made.error(f"--rounds must be at least 2, or there is no interval; it is {a.rounds}")
+
+
+def _path(a: argparse.Namespace, dtypes: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
+    """Where the record goes when --out does not say: a file for each choice, so that a part does not replace the
+    whole."""
+    parts = ["kernels", "_".join(a.ops) or "all", *dtypes, a.backends, a.cases, "compiled" if a.compiled else ""]
+    return folder / (re.sub(r"[^\w-]+", "_", "_".join(filter(None, parts))) + ".json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``tritium bench kernels``; 0, or 1 when a backend was red or one that was named gave no figure, or 2 for a wrong
+    command line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    made = parser()
+    a, unknown = made.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in made._actions for flag in action.option_strings]
+        made.error(f"there is no flag {unknown[0]!r}; the nearest are {nearest(unknown[0], flags)}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if a.device == "auto" else a.device
-    names = a.dtypes.split(",") if a.dtypes else ["bf16" if device == "cuda" else "fp32"]
-    for given, known, noun in ((a.ops, OPS, "op"), (names, DTYPES, "dtype")):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            parser.error(f"there is no {noun} {', '.join(unknown)}; {noun}s: {', '.join(known)}")
+    dtypes = a.dtypes.split(",") if a.dtypes else ["bf16" if device == "cuda" else "fp32"]
+    _check(made, a, dtypes)
+    say = sys.stderr if a.json else sys.stdout
+    backends = [name for name in a.backends.split(",") if name]
+    result = record.begin("kernels", shlex.join(["tritium", "bench", "kernels", *argv]), device)
+    peak = peak_of(result["machine"]["name"]) if device == "cuda" else None
     gate = Gate(device)
     refused: list[dict[str, str]] = []
     clock = timing.clock_for(device, scrub_bytes=256 << 20)
-    result = record.begin("kernels", shlex.join(["tritium", "bench", "kernels", *argv]), device)
-    rows = []
-    request = Request(
-        [OPS[name] for name in a.ops or OPS], device, [DTYPES[name] for name in names],
-        [name for name in a.backends.split(",") if name], a.cases, a.compiled, a.rounds,
-    )  # fmt: skip
-    reached = {name: rates(device, DTYPES[name]) for name in names}
-    for name, found in reached.items():
-        shown = "{copy_gb_per_s:.1f} GB/s, a product {matmul_tflop_per_s:.3g} TFLOP/s".format(**found)
-        print(f"measured here, {name}: a copy reads and writes {shown}", flush=True)
-    for row in bench_ops(request, gate, clock, refused):
-        of = fractions(row, reached[row.dtype])
-        print(f"{row}  {100 * of['of_bound']:.0f} % of bound", flush=True)
-        fields = asdict(row) | of
-        result["figures"].append(record.figure(row.label, "ms", "lower", fields.pop("samples_ms")))
-        rows.append(fields)
-    result["sources"] = record.sources((row["op"], row["backend"]) for row in rows)
-    result["checks"] = [record.check("contract", not gate.red, "; ".join(gate.red)[:2000])]
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, list[dict[str, float]]] = {}
+    named = [name for name in backends if name != INDUCTOR] or ["reference"] * bool(backends)
+    inductor = INDUCTOR in backends or (device == "cuda" and not backends)
+    for name, dtype in itertools.product(a.ops or OPS, dtypes):
+        op = OPS[name]
+        request = Request(
+            [op], device, [DTYPES[dtype]], named, a.cases, a.compiled, a.rounds, inductor=inductor
+        )  # fmt: skip
+        if not any(wanted(op, case, request) for case in op.cases.CASES):
+            why = "its large cases are too much for a CPU" if not a.cases else f"it has no case {a.cases}"
+            refused.append({"op": name, "backend": "*", "why": f"{why}; name one with --cases"})
+            continue
+        before = rates(device, DTYPES[dtype])
+        found = list(bench_ops(request, gate, clock, refused))
+        if not found:
+            continue
+        around = [before, rates(device, DTYPES[dtype])]
+        seen.setdefault(dtype, []).extend(around)
+        reached = {key: statistics.mean(one[key] for one in around) for key in before}
+        for row in found:
+            of = fractions(row, reached, peak)
+            shares = "{of_bound:.0%} of bound ({bound_by}), {of_copy:.0%} of copy, {of_matmul:.0%} of matmul".format(
+                **of
+            )
+            print(f"{row}  {shares}", file=say, flush=True)
+            fields = asdict(row) | of
+            result["figures"].append(record.figure(row.label, "ms", "lower", fields.pop("samples_ms")))
+            rows.append(fields)
     for item in refused:
-        print(f"refused {item['op']}.{item['backend']}: {item['why']}")
+        print(f"refused {item['op']}.{item['backend']}: {item['why']}", file=say)
     for text in gate.red:
         print(f"RED, hence no speed: {text}", file=sys.stderr)
-    if a.out is not None:
-        after = {f"{name}, after": rates(device, DTYPES[name]) for name in names}
-        result |= {
-            "clock": clock.name,
-            "rounds": a.rounds,
-            "rates": reached | after,
-            "rows": rows,
-            "refused": refused,
-            "red": gate.red,
-        }
-        record.write(result, SCHEMA, a.out)
-    return int(bool(gate.red))
+    for dtype, taken in seen.items():
+        for key, name, unit in (("copy_gb_per_s", "copy", "GB/s"), ("matmul_tflop_per_s", "matmul", "TFLOP/s")):
+            result["figures"].append(record.figure(f"{name} {dtype}", unit, "", [one[key] for one in taken]))
+    result["sources"] = record.sources((row["op"], row["backend"]) for row in rows)
+    result["checks"] = contract_checks(rows, gate.red)
+    result |= {
+        "clock": clock.name, "rounds": a.rounds, "rows": rows, "refused": refused, "red": gate.red,
+        "rates": {
+            dtype: {key: statistics.median(one[key] for one in taken) for key in taken[0]}
+            for dtype, taken in seen.items()
+        },
+        "peak": None if peak is None else peak.name,
+    }  # fmt: skip
+    for dtype, rate in result["rates"].items():
+        shown = "{copy_gb_per_s:.1f} GB/s, a product {matmul_tflop_per_s:.3g} TFLOP/s".format(**rate)
+        print(f"measured here, {dtype}: a copy reads and writes {shown}", file=say)
+    from tritium.benchmarks import throughput
+
+    path = a.out or _path(a, dtypes, throughput.results_folder(result))
+    record.write(result, SCHEMA, path)
+    print(f"written: {path}", file=say, flush=True)
+    if a.json:
+        print(json.dumps(result, indent=1))
+    timed = {INDUCTOR if row["compiled"] and row["backend"] == "reference" else row["backend"] for row in rows}
+    silent = [name for name in backends if name not in timed]
+    for name in silent:
+        reasons = dict.fromkeys([i["why"] for i in refused if i["backend"] == name] or ["see above"])
+        print(f"{name} gave no figure: {'; '.join(reasons)}", file=sys.stderr)
+    return int(bool(gate.red or silent))
+
+
+def contract_checks(rows: Sequence[Mapping[str, Any]], red: Sequence[str]) -> list[dict[str, Any]]:
+    """A check for each backend of an op: that it keeps its contract. The timed ones do; ``red`` holds the others'."""
+    checks = {}
+    for row in rows:
+        name = f"{row['op']}.{row['backend']} keeps its contract"
+        checks[name] = record.check(name, True, "on every small case that it does not refuse, before it was timed")
+    for text in red:
+        label = next((word for word in text.split() if "." in word), "a backend")
+        name = f"{label} keeps its contract"
+        checks[name] = record.check(name, False, text[:2000])
+    return list(checks.values())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
-"""The ops under pytest-benchmark: ``pytest benchmarks/test_kernels.py [-k layer_norm]``. A backend that is red fails,
-untimed.
+"""The ops under pytest-benchmark: ``pytest benchmarks/ [-k layer_norm] --benchmark-json FILE``. A backend that is red
+fails, untimed.
+
+By default each op is timed on one case, the smallest of its large ones; on a CPU, where that is too much, the largest
+of the others. ``-m "full or not full"`` takes all large cases that the device can bear, and the forward alone as well.
 """
 
 from collections.abc import Iterator
@@ -17,24 +20,37 @@ from tritium.kernels.site import Machine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+CPU_BYTES = 256 << 20  # of a case's operands: by default, larger ones are left to a GPU
 GATE = Gate(DEVICE)
 
 
+def cases(op: Op) -> tuple[list[Case], Case]:
+    """The cases of a full run, and the one of a default run."""
+    bearable = [c for c in op.cases.CASES if DEVICE == "cuda" or op.cases.flops(c) <= CPU_GFLOP * 1e9]
+    large = [case for case in bearable if case.large]
+    light = [case for case in large if DEVICE == "cuda" or op.cases.bytes(case, DTYPE) <= CPU_BYTES]
+    if light:
+        return large, min(light, key=lambda case: op.cases.bytes(case, DTYPE))
+    one = max((case for case in bearable if not case.large), key=op.cases.flops)
+    return [*large, one], one
+
+
 def runnable() -> Iterator[Any]:
-    """(op, backend, case, what) of everything that says it can run here, at the shapes that matter."""
+    """(op, backend, case, what) of everything that says it can run here."""
     machine = Machine.here(DEVICE)
     for op in OPS.values():
-        for case in op.cases.CASES:
-            if not case.large or (DEVICE == "cpu" and op.cases.flops(case) > CPU_GFLOP * 1e9):
-                continue
+        every, one = cases(op)
+        for case in every:
             for name in op.backends():
                 try:
                     reason = op.load(name).unsupported(contract.site_of(op, case, DTYPE, machine))
                 except KernelError as error:
                     reason = str(error)
-                if reason is None:
-                    for what in kinds(op):
-                        yield pytest.param(op, name, case, what, id=f"{op.name}-{name}-{case}-{what}")
+                if reason is not None:
+                    continue
+                for what in kinds(op):
+                    marks = [] if case is one and what == kinds(op)[-1] else [pytest.mark.full]
+                    yield pytest.param(op, name, case, what, id=f"{op.name}-{name}-{case}-{what}", marks=marks)
 
 
 @pytest.mark.parametrize(("op", "name", "case", "what"), list(runnable()))
