@@ -70,8 +70,7 @@ SCHEMA: record.Schema = {
     "warm_up": {"runs": int, "stable": bool},
     "noise": record.NUMBER,  # the step against itself, within a round
     "step_over_own": {"median": record.NUMBER, "low": record.NUMBER, "high": record.NUMBER, "level": record.NUMBER},
-    "profiled_ms": (*record.NUMBER, type(None)),  # the step that the anatomy is of; null where it was not asked for
-    "anatomy": [anatomy.ROW],
+    "anatomy": [anatomy.ROW],  # of the step that the figure "profiled step" is of; empty where it was not asked for
 }  # fmt: skip
 
 
@@ -466,7 +465,6 @@ def bench(
         "warm_up": {"runs": warm.runs, "stable": warm.stable},
         "noise": timing.noise(samples["step"]),
         "step_over_own": over.to_json(),
-        "profiled_ms": profiled_ms,
         "anatomy": rows,
         "kernels": described["kernels"],
         "sources": record.sources((row["op"], row["backend"]) for row in described["kernels"]),
@@ -669,10 +667,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     record.write(result, SCHEMA, path)
     print(f"\n{summary(result)}")
     if result["anatomy"]:
-        step_ms = next(f["value"] for f in result["figures"] if f["name"] == "step")
+        value = {f["name"]: f["value"] for f in result["figures"]}
         print(
-            f"\n{anatomy.text(result['anatomy'])}\nof a profiled step of {result['profiled_ms']:.1f} ms, "
-            f"{result['profiled_ms'] / step_ms:.2f} × the one that was timed\ndrawn: {path.with_suffix('.png')}"
+            f"\n{anatomy.text(result['anatomy'])}\nof a profiled step of {value['profiled step']:.1f} ms, "
+            f"{value['profiled step'] / value['step']:.2f} × the one that was timed\ndrawn: {path.with_suffix('.png')}"
         )
     print(f"written: {path}", flush=True)
     return int(not all(check["ok"] for check in result["checks"]))
