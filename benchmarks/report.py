@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from tritium.benchmarks import compare, gpu, record, stages, timing
+from tritium.benchmarks.gpu_table import OVER, TRAINING_GOALS
 from tritium.benchmarks.report_page import (
     NOTHING,
     UNRUN,
@@ -42,6 +43,7 @@ from tritium.engine import presets
 
 RESULTS = record.ROOT / "benchmarks" / "results" if record.IN_SOURCE_TREE else pathlib.Path("benchmark-results")
 MARKERS = ("<!-- measured:begin -->", "<!-- measured:end -->")
+OURS = "tritium"  # among the arms of a throughput record (arm.OURS, which would load torch)
 LIMIT_BYTES = 64 << 20  # larger files are no records
 LIMIT = 1e100  # larger numbers were not measured, and sums of their products overflow
 ANY_GPU = "a GPU"
@@ -54,12 +56,14 @@ MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, 
 
 @dataclass
 class Entry:
-    """A record. key: its id in the page. problem: why its kind's own fields could not be shown, or ""."""
+    """A record. key: its id in the page. problem: why its kind's own fields could not be shown, or "". rehearsed: by a
+    run of make gpu without a GPU, so that its figures mean nothing."""
 
     path: str
     key: str
     data: dict[str, Any]
     problem: str = ""
+    rehearsed: bool = False
 
     @property
     def red(self) -> list[str]:
@@ -109,8 +113,9 @@ class Found:
     refused: list[tuple[str, str]] = field(default_factory=list)
 
     def of(self, *kinds: str) -> list[Entry]:
-        """The records of these kinds, the newest first."""
-        return sorted((e for e in self.entries if e.data["kind"] in kinds), key=lambda e: e.data["date"], reverse=True)
+        """The records of these kinds that mean something, the newest first."""
+        wanted = [e for e in self.entries if e.data["kind"] in kinds and not e.rehearsed]
+        return sorted(wanted, key=lambda e: e.data["date"], reverse=True)
 
 
 def search(folder: pathlib.Path) -> Found:
@@ -133,6 +138,10 @@ def search(folder: pathlib.Path) -> Found:
         except (record.RecordError, OSError, ValueError, RecursionError) as error:  # ValueError: no text, or no number
             found.refused.append((name, str(error).replace(str(path), name)))
     found.runs += [Run(str(place.relative_to(folder)), f"g{i}", of) for i, (place, of) in enumerate(runs.items())]
+    for run in found.runs:
+        for entry in found.entries:
+            below = pathlib.PurePath(entry.path).parent.is_relative_to(run.path)
+            entry.rehearsed = entry.rehearsed or (run.rehearsal and below)
     return found
 
 
@@ -166,7 +175,8 @@ def _in_range(value: Any) -> None:
 def wrong(line: dict[str, Any]) -> str:
     """What a line of a stage says went wrong, or ""."""
     name, value, unit = line["name"], line["value"], line["unit"]
-    if unit == "error" or (unit == "contract" and value == "failed") or (unit == "verdict" and value != "True"):
+    broken = value in ("failed", "error", "hung", "crashed") and unit in ("contract", "item")
+    if unit in ("error", "red") or broken or (unit == "verdict" and value != "True"):
         return f"{name}: {value} {line.get('reason', '') or line.get('problems', '')}".strip()
     if unit == "status" and value in ("failed", "time limit"):
         return f"{value}: {line.get('detail', '')}"
@@ -266,35 +276,49 @@ def speeds(found: Found) -> list[Speed]:
 
 
 def _speeds(entry: Entry) -> list[Speed]:
-    data = entry.data
-    s = data.get("settings", {})
-    shape, common = f"T={s.get('T', '?')}, B={s.get('B', '?')}", (entry.machine, data["machine"]["device"] == "cuda")
-    rows: list[tuple[str, str, dict[str, Any], tuple[Cell, Cell, Cell, Cell]]] = []
-    if data["kind"] == "train":
-        mode = "compiled" if data["compilation"]["compiled"] else "eager"
-        mfu = [_value(entry.figure(f"MFU, {kind} of measured matmul")) for kind in ("full", "causal")]
-        over = Cell(
-            "{median:.3f} [{low:.3f}, {high:.3f}]".format(**data["step_over_own"]), data["step_over_own"]["median"]
-        )
-        rows.append((
-            str(data["preset"]), f"{data['dtype']}, {mode}", _figure(entry, "tokens/s"),
-            (mfu[0], mfu[1], over, _value(entry.figure("peak memory"))),
-        ))  # fmt: skip
-    elif data["kind"] == "throughput":
-        for key, arm in data["arms"].items():
-            if arm["peer"] == "tritium":
-                peak = Cell(quantity(arm["peak_bytes"], "bytes"), arm["peak_bytes"])
-                more = (NOTHING, NOTHING, NOTHING, peak)
-                rows.append((str(data["preset"]), arm["variant"], _figure(entry, f"{key} tokens/s"), more))
-    else:
-        for preset, column, figure in ladder_cells(entry):
-            rows.append((preset, column, figure, (NOTHING, NOTHING, NOTHING, NOTHING)))
+    data, kind = entry.data, entry.data["kind"]
     first, second = _origin(entry)
+
+    def speed(
+        preset: object, shape: dict[str, Any], what: str, value: float, ci: timing.Interval | None, *more: Cell
+    ) -> Speed:
+        return Speed(
+            str(preset), f"T={shape['T']}, B={shape['B']}", what, entry.machine, data["machine"]["device"] == "cuda",
+            data["date"], value, ci, (more[0], more[1], more[2], more[3]), (first, second), bool(entry.red),
+        )  # fmt: skip
+
+    if kind == "train":
+        mode = "compiled" if data["compilation"]["compiled"] else "eager"
+        over, figure = data["step_over_own"], _figure(entry, "tokens/s")
+        return [
+            speed(
+                data["preset"], data["settings"], f"{data['dtype']}, {mode}", figure["value"], interval(figure),
+                *(_value(entry.figure(f"MFU, {full} of measured matmul")) for full in ("full", "causal")),
+                Cell("{median:.3f} [{low:.3f}, {high:.3f}]".format(**over), over["median"]),
+                _value(entry.figure("peak memory")),
+            )
+        ]  # fmt: skip
+    if kind == "throughput":
+        figures = {key: _figure(entry, f"{key} tokens/s") for key, arm in data["arms"].items() if arm["peer"] == OURS}
+        return [
+            speed(
+                data["preset"], data["settings"], data["arms"][key]["variant"], figure["value"], interval(figure),
+                NOTHING, NOTHING, NOTHING, _bytes(data["arms"][key]["peak_bytes"]),
+            )
+            for key, figure in figures.items()
+        ]  # fmt: skip
     return [
-        Speed(preset, shape, what, *common, data["date"], figure["value"], interval(figure), more, (first, second),
-              bool(entry.red))
-        for preset, what, figure, more in rows
+        speed(
+            cell["preset"], data["settings"]["presets"][cell["preset"]], f"{cell['variant']} ({cell['column']})",
+            cell["tokens_per_s"]["median"], timing.Interval(**cell["tokens_per_s"]),
+            NOTHING, NOTHING, NOTHING, _bytes(cell["peak_bytes"]),
+        )
+        for cell in data["cells"] if cell["status"] == "ok"
     ]  # fmt: skip
+
+
+def _bytes(count: int) -> Cell:
+    return Cell(quantity(count, "bytes"), count)
 
 
 def _figure(entry: Entry, name: str) -> dict[str, Any]:
@@ -312,7 +336,8 @@ def _run_speeds(run: Run) -> list[Speed]:
         unfit = any(wrong(line) for line in lines if line["unit"] in ("verdict", "status"))
         for line in lines:
             preset, comma, what = line["name"].partition(", ")
-            if line["unit"] == "tokens/s" and comma and "tritium" in what and not isinstance(line["value"], str):
+            ours = comma and "tritium" in what and "recorded" not in line  # an earlier run's is in its own folder
+            if line["unit"] == "tokens/s" and ours and not isinstance(line["value"], str):
                 peak = line.get("peak_gib")
                 cells = [NOTHING, NOTHING, NOTHING, NOTHING]
                 if _is_number(full := line.get("full_over_measured_matmul")):
@@ -385,7 +410,7 @@ def peers(entry: Entry) -> Section:
     data, s = entry.data, entry.data["settings"]
     bars, rows = [], []
     for key, arm in sorted(data["arms"].items(), key=lambda item: -item[1]["tokens_per_s"]):
-        ours, ci = arm["peer"] == "tritium", interval(_figure(entry, f"{key} tokens/s"))
+        ours, ci = arm["peer"] == OURS, interval(_figure(entry, f"{key} tokens/s"))
         value = arm["tokens_per_s"]
         low, high = (ci.low, ci.high) if ci else (value, value)
         bars.append(Bar(key, value, low, high, number(value), "ours" if ours else "other"))
@@ -395,7 +420,7 @@ def peers(entry: Entry) -> Section:
         rows.append([
             Cell(key, kind="ours" * ours), Cell(number(value), value), _ci(ci), faster,
             Cell(f"{arm['startup_s']:.1f}", arm["startup_s"]),
-            Cell(quantity(arm["peak_bytes"], "bytes"), arm["peak_bytes"]),
+            _bytes(arm["peak_bytes"]),
         ])  # fmt: skip
     rows += [
         [Cell(name), UNRUN, NOTHING, NOTHING, NOTHING, Cell(why)] for name, why in sorted(data["peers_absent"].items())
@@ -449,12 +474,12 @@ def kernels(entry: Entry) -> Section:
             Cell(row["dtype"]), Cell(row["what"]), Cell(f"{row['p50_ms']:.4f}", row["p50_ms"]),
             Cell(f"[{row['p20_ms']:.4f}, {row['p80_ms']:.4f}]"), Cell(number(row["gb_per_s"]), row["gb_per_s"]),
             Cell(number(row["tflop_per_s"]), row["tflop_per_s"]),
-            NOTHING if of is None else Cell(f"{100 * of:.0f} %", of, bar=of),
+            NOTHING if of is None else Cell(f"{100 * of:.0f} %", of, bar=of), Cell(row.get("bound_by", "–")),
             NOTHING if over is None else Cell(_ratio(over), over["median"]),
         ])  # fmt: skip
     heads = [
         "op", "backend", "case", "dtype", "what", "ms", "p20, p80", "GB/s", "TFLOP/s", "of bound",
-        "faster than reference",
+        "bound by", "faster than reference",
     ]  # fmt: skip
     timed = {row["op"] for row in data["rows"]}
     missing = [op for op in ops() if op not in timed]
@@ -506,35 +531,72 @@ def _ablated(text: str, column: int) -> Cell:
     return Cell(text, sort, "red" if text in ("RED", "withheld") else "")
 
 
-def ladder_cells(entry: Entry) -> list[tuple[str, str, dict[str, Any]]]:
-    """(preset, column, figure) of the figures "PRESET COLUMN tokens/s" of a ladder record."""
-    cells = []
-    for figure in entry.data["figures"]:
-        if figure["unit"] == "tokens/s":
-            preset, _, column = figure["name"].removesuffix(" tokens/s").partition(" ")
-            cells.append((preset, column, figure))
-    return cells
-
-
 def ladder(entry: Entry) -> Section:
-    """A ladder record: presets by what was added."""
-    cells = {(preset, column): figure for preset, column, figure in ladder_cells(entry)}
+    """A ladder record: presets by what was added; what has no figure says why."""
+    cells = {(cell["preset"], cell["column"]): cell for cell in entry.data["cells"]}
     columns = list(dict.fromkeys(column for _, column in cells))
-    rows, bars = [], []
-    for preset in dict.fromkeys(preset for preset, _ in cells):
-        row = [Cell(preset)]
+    rows, bars, why = [], [], []
+    for preset, shape in entry.data["settings"]["presets"].items():
+        row = [Cell(f"{preset}, T={shape['T']}, B={shape['B']}")]
         for column in columns:
-            figure = cells.get((preset, column))
-            ci = interval(figure) if figure else None
-            row.append(_value(figure, unit=False) if figure else UNRUN)
-            if figure:
-                low, high = (ci.low, ci.high) if ci else (figure["value"],) * 2
-                bars.append(Bar(f"{preset}, {column}", figure["value"], low, high, number(figure["value"]), "ours"))
+            cell = cells.get((preset, column))
+            if cell is None or cell["status"] != "ok":
+                row.append(UNRUN if cell is None else Cell(cell["status"], kind=LADDER.get(cell["status"], "red")))
+                if cell is not None:
+                    why.append([Cell(preset), Cell(column), Cell(f"{cell['status']}: {cell['reason']}")])
+                continue
+            ci, over = cell["tokens_per_s"], cell["over_first"]
+            more = "" if over is None else f" ({over['median']:.2f} ×)"
+            row.append(Cell(number(ci["median"]) + more, ci["median"]))
+            bars.append(Bar(f"{preset}, {column}", ci["median"], ci["low"], ci["high"], number(ci["median"]), "ours"))
         rows.append(row)
-    return _measured(
-        f"tokens/s on {entry.machine}", entry,
-        [Bars(bars, about="tokens/s with 95 % intervals"), Table(["preset", *columns], rows)],
-    )  # fmt: skip
+    blocks: list[Block] = [
+        Bars(bars, about="tokens/s with 95 % intervals; in brackets below: over the first column"),
+        Table(["preset", *columns], rows),
+    ]
+    if why:
+        blocks.append(Table(["preset", "column", "why there is no figure"], why, "cells without a figure"))
+    return _measured(f"tokens/s on {entry.machine}", entry, blocks)
+
+
+LADDER = {"not built yet": "unrun", "out of memory": "muted"}  # what is not "ok" and no fault
+
+
+def goals(found: Found) -> Section:
+    """Every goal beside what was measured, by the newest run of make gpu on each GPU; unrun where there is none."""
+    section = Section("Goals", "goals")
+    seen = set()
+    for entry in found.of("gpu"):
+        if entry.machine not in seen:
+            made = _own(entry, lambda entry: [_goal_section(entry)])
+            section.inner += made
+            seen |= {entry.machine} if made else set()
+    if not section.inner:
+        rows = [
+            [Cell(f"{g.preset} {OVER if g.unit == '×' else g.unit}"), UNRUN, _goal(g.limit, g.unit, g.better), UNRUN]
+            for g in TRAINING_GOALS
+        ]
+        section.blocks += [
+            Table(["figure, on one H100", "measured", "goal", "verdict"], rows),
+            Text("Unrun.", code="make gpu"),
+        ]
+    return section
+
+
+def _goal(limit: float, unit: str, better: str) -> Cell:
+    return Cell(f"{'≥' if better == 'higher' else '≤'} {quantity(limit, unit)}", limit)
+
+
+def _goal_section(entry: Entry) -> Section:
+    rows = []
+    for row in entry.data["goals"]:
+        kind = {"not met": "red", "met": "ours", "not run": "unrun"}.get(row["verdict"], "muted")
+        verdict = UNRUN if row["verdict"] == "not run" else Cell(row["verdict"], kind=kind)
+        value = UNRUN if row["value"] is None else Cell(quantity(row["value"], row["unit"]), row["value"])
+        by = row["by"] + " (an earlier run)" * row["recorded"]
+        rows.append([Cell(row["figure"]), value, _goal(row["goal"], row["unit"], row["better"]), verdict, Cell(by)])
+    table = Table(["figure", "measured", "goal", "verdict", "by"], rows, folded=200)
+    return _measured(f"On {entry.machine}", entry, [table])
 
 
 def figures(entry: Entry) -> Section:
@@ -588,15 +650,15 @@ def _listed(section: Callable[[Entry], Section | None], entry: Entry) -> list[Se
 
 def by_kind(found: Found) -> list[Section]:
     """A section for every kind; where a kind has no record, how to make one."""
-    made = []
+    made = [goals(found)]
     for kind, (title, key, section) in KINDS.items():
         inner = [s for entry in found.of(kind) for s in _own(entry, functools.partial(_listed, section)) if s]
         if inner:
             made.append(Section(title, key, inner=inner))
-        elif kind in COMMANDS:
+        else:
             made.append(Section(title, key, [Text("Unrun.", code=COMMANDS[kind])]))
-    others = found.of(*({e.data["kind"] for e in found.entries} - KINDS.keys()))
-    broken = [e for e in found.of(*KINDS) if e.problem]
+    others = found.of(*({e.data["kind"] for e in found.entries} - {*KINDS, "gpu"}))
+    broken = [e for e in found.of(*KINDS, "gpu") if e.problem]
     if others or broken:
         made.append(Section("Other records", "others", inner=[figures(e) for e in [*broken, *others]]))
     return made
@@ -604,6 +666,7 @@ def by_kind(found: Found) -> list[Section]:
 
 COMMANDS = {
     "throughput": "tritium bench peers",
+    "ladder": "tritium bench ladder",
     "train": "tritium bench train PRESET --anatomy",
     "kernels": "tritium bench kernels --out FILE",
     "ablate": "tritium ablate PRESET AXIS=a,b",
@@ -642,7 +705,7 @@ def _outcomes(run: Run, missing: Sequence[str]) -> Table:
     for stage, lines in _in_order(run.lines).items():
         end = next((line for line in reversed(lines) if line["unit"] == "status"), None)
         status = "cut short" if end is None else str(end["value"])
-        kind = {"ok": "", "not run": "unrun"}.get(status, "red")
+        kind = {"ok": "", "recorded": "muted", "not run": "unrun"}.get(status, "red")
         spent = None if end is None else end.get("seconds")
         seconds = Cell(f"{spent:.0f}", spent) if _is_number(spent) else NOTHING
         measured = len(lines) - (end is not None)
@@ -681,7 +744,7 @@ def machines(found: Found) -> Section:
     """Every machine that something was measured on."""
     seen: dict[str, list[dict[str, Any]]] = {}
     environments = [run.environment for run in found.runs if not run.rehearsal]
-    for data in [*(e.data for e in found.entries), *(e for e in environments if e is not None)]:
+    for data in [*(e.data for e in found.entries if not e.rehearsed), *filter(None, environments)]:
         seen.setdefault(f"{machine_name(data['machine'])} ({data['machine']['arch']})", []).append(data)
     rows = []
     for name, records in sorted(seen.items()):
@@ -725,6 +788,8 @@ def provenance(found: Found) -> Section:
         state = {k: v for k, v in data["machine"]["state"].items() if v not in (None, [])}
         state_text = "; ".join(f"{k} {v}" for k, v in state.items())
         blocks: list[Block] = [Text(f"RED: {text}", loud=True) for text in entry.red]
+        if entry.rehearsed:
+            blocks.append(Text("Of a rehearsal without a GPU: its figures mean nothing.", loud=True))
         if entry.problem:
             blocks.append(Text(entry.problem, loud=True))
         blocks += [
@@ -767,7 +832,7 @@ def _sites(kernels: Iterable[dict[str, Any]]) -> Table:
 
 def alarms(found: Found) -> list[Section]:
     """What is red, first of all; nothing where nothing is."""
-    red = [(entry.path, text) for entry in found.entries for text in entry.red]
+    red = [(entry.path, text) for entry in found.entries if not entry.rehearsed for text in entry.red]
     red += [(f"{run.path}: make gpu", text) for run in found.runs if not run.rehearsal for text in run.red]
     return [Section("Red", "red", [Text(f"{path}: {text}", loud=True) for path, text in red])] if red else []
 
@@ -885,7 +950,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"tritium bench report: {error}", file=sys.stderr)
         return 1
-    red = sum(len(e.red) for e in found.entries)
+    red = sum(len(e.red) for e in found.entries if not e.rehearsed)
     red += sum(len(run.red) for run in found.runs if not run.rehearsal)
     problems = f"{_count(red, 'red check')}, {_count(len(found.refused), 'file')} that could not be shown"
     print(f"{about}; {problems}\nwritten: {out}", flush=True)

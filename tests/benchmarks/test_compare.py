@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import numpy
 import pytest
@@ -61,6 +62,25 @@ def test_a_drift_within_the_records_fakes_no_difference(drifts):
 
 def test_blocks_are_rounds_and_never_fewer_than_five():
     assert [compare.block_of(n) for n in (2, 5, 10, 20, 40, 160)] == [1, 1, 2, 4, 5, 20]
+
+
+def test_a_bootstrap_of_few_blocks_is_widened():
+    # of five values, each a block, three draws or more are the largest with probability 0.058, so that it is the
+    # quantile 0.975 of the resamples' medians; Student's for four degrees of freedom is 2.776, a normal's 1.960
+    found = compare.median_of([math.exp(0.01 * k) for k in (1, -1, 0, -2, 2)])
+    widened = 0.02 * math.sqrt(5 / 4) * 2.7764 / 1.9600
+    assert math.log(found.high) == pytest.approx(widened, rel=1e-4)
+    assert math.log(found.low) == pytest.approx(-widened, rel=1e-4)
+    assert found.median == pytest.approx(1.0)
+
+
+def test_a_skewed_record_has_a_skewed_interval_on_its_own_side():
+    skewed = [1.0] * 11 + [1.0 + 0.02 * k for k in range(1, 10)]
+    over, under = (compare.ratio_of_medians(*pair) for pair in ((skewed, [1.0] * 20), ([1.0] * 20, skewed)))
+    assert over.low == pytest.approx(1.0)
+    assert over.high > 1.02
+    assert under.high == pytest.approx(1.0)
+    assert under.low < 0.98
 
 
 def test_samples_that_are_all_equal_have_a_point_for_an_interval():
@@ -289,7 +309,9 @@ def test_folders_are_paired_by_name(tmp_path, capsys):
     assert out.count("A: ") == 1
     assert f"not compared, the other folder has none of this name: {tmp_path / 'after' / 'y.json'}" in out
     assert compare.main([folders[0], str(tmp_path / "after" / "x.json")]) == 2
-    (tmp_path / "before" / "y.json").write_text("{")
+    for name in ("a.json", "y.json"):
+        (tmp_path / "before" / name).write_text("{")
+        (tmp_path / "after" / name).write_text("{")
     assert compare.main([*folders, "--gate", "0.98"]) == 2  # and still x is compared
     said = capsys.readouterr()
     assert "FAILED" in said.out

@@ -9,7 +9,8 @@ import re
 
 import pytest
 
-from tritium.benchmarks import ablate, gpu, kernels, record, report, report_page, training
+from tritium.benchmarks import ablate, gpu, gpu_table, kernels, record, report, report_page, training
+from tritium.benchmarks import ladder as ladders
 from tritium.kernels import aot
 
 COMMITTED = record.ROOT / "benchmarks" / "results" / "cpu"
@@ -66,7 +67,8 @@ def kernel(**changes):
     row = {
         "op": "layer_norm", "backend": "native", "case": "gpt2_124m", "dtype": "fp32", "compiled": False,
         "what": "forward", "p20_ms": 0.011, "p50_ms": 0.0125, "p80_ms": 0.014, "noise": 0.01, "gb_per_s": 12.5,
-        "tflop_per_s": 0.01, "of_copy": 0.6, "of_matmul": 0.01, "of_bound": 0.6, "over_reference": INTERVAL,
+        "tflop_per_s": 0.01, "of_copy": 0.6, "of_matmul": 0.01, "of_bound": 0.6, "bound_by": "memory",
+        "over_reference": INTERVAL,
     }  # fmt: skip
     return common("kernels", preset=None) | {
         "figures": [record.figure("layer_norm.native gpt2_124m fp32 forward", "ms", "lower", [0.0125, 0.012, 0.013])],
@@ -103,27 +105,59 @@ def ablation(**changes):
 
 
 def ladder(**changes):
-    figures = [
-        record.figure("gpt2_124m eager tokens/s", "tokens/s", "higher", [100.0, 101.0, 102.0, 103.0]),
-        record.figure("gpt2_124m compile tokens/s", "tokens/s", "higher", [150.0, 151.0, 152.0, 153.0]),
-        record.figure("gpt2_350m eager tokens/s", "tokens/s", "higher", [50.0, 51.0, 52.0, 53.0]),
-    ]
-    return common("ladder", preset=None, figures=figures) | changes
+    cell = {
+        "preset": "gpt2_124m", "column": "eager", "status": "ok", "reason": "", "variant": "fp32, eager",
+        "tokens_per_s": {"median": 101.5, "low": 99.0, "high": 104.0, "level": 0.95}, "mfu_full": 0.2,
+        "mfu_causal": 0.1, "over_first": None, "times": {}, "noise": 0.01, "startup_s": 1.0,
+        "peak_bytes": 2**31, "losses": [7.0],
+    }  # fmt: skip
+    none = dict.fromkeys(["tokens_per_s", "mfu_full", "mfu_causal", "times", "noise", "startup_s", "peak_bytes"])
+    faster = {"tokens_per_s": cell["tokens_per_s"] | {"median": 151.5}, "over_first": INTERVAL}
+    cells = [
+        cell, cell | {"column": "compile"} | faster,
+        cell | {"column": "+ fp8", "status": "not built yet", "reason": "no train.precision=fp8"} | none,
+        cell | {"preset": "gpt2_350m", "status": "out of memory", "reason": "give a smaller B"} | none,
+        cell | {"preset": "gpt2_350m", "column": "compile", "status": "unequal losses", "reason": "7 and 8"} | none,
+    ]  # fmt: skip
+    shapes = {"gpt2_124m": {"T": 64, "B": 2}, "gpt2_350m": {"T": 64, "B": 1}}
+    return common("ladder", preset=None) | {
+        "settings": {"presets": shapes, "columns": ["eager", "compile"], "rounds": 3, "seed": 0, "precision": "fp32",
+                     "kernels": "auto"},
+        "peak": {"flop_per_s": 1e12, "of": "measured"}, "method": "interleaved", "cells": cells,
+        "figures": [record.figure("gpt2_124m eager tokens/s", "tokens/s", "higher", [100.0, 101.0, 102.0, 103.0])],
+    } | changes  # fmt: skip
+
+
+def goals(**changes):
+    row = {"figure": "gpt2_124m tokens/s", "value": 612345.0, "unit": "tokens/s", "goal": 6e5, "better": "higher",
+           "verdict": "met", "by": "triton", "recorded": False}  # fmt: skip
+    return common("gpu", preset=None) | {
+        "stages": [{"stage": "training", "status": "ok", "seconds": 1.0, "detail": ""}],
+        "goals": [
+            row, row | {"figure": "slow", "value": 1.3, "unit": "×", "goal": 1.2, "better": "lower",
+                        "verdict": "not met", "recorded": True},
+            row | {"figure": "absent", "value": None, "verdict": "not run"},
+        ],
+    } | changes  # fmt: skip
 
 
 def throughput(**changes):
     return record.read(sorted(COMMITTED.glob("throughput_*.json"))[0]) | changes
 
 
-KINDS = {"train": train, "kernels": kernel, "ablate": ablation, "ladder": ladder, "throughput": throughput}
-SCHEMAS = {"train": training.SCHEMA, "kernels": kernels.SCHEMA, "ablate": ablate.SCHEMA}
+KINDS = {
+    "train": train, "kernels": kernel, "ablate": ablation, "ladder": ladder, "throughput": throughput, "gpu": goals,
+}  # fmt: skip
+SCHEMAS = {
+    "train": training.SCHEMA, "kernels": kernels.SCHEMA, "ablate": ablate.SCHEMA, "gpu": gpu_table.SCHEMA,
+    "ladder": ladders.SCHEMA,
+}  # fmt: skip
 
 
 def test_the_records_of_these_tests_fit_their_kinds():
     for kind, schema in SCHEMAS.items():
-        made = KINDS[kind]()
-        known = {key: part for key, part in schema.items() if key in made}  # what a page does not show may be new
-        assert record.problems(made, {**record.COMMON, **known}) == []
+        found = record.problems(KINDS[kind](), {**record.COMMON, **schema})
+        assert [problem for problem in found if not problem.endswith("is missing")] == []  # what no page shows
 
 
 # ------------------------------------------------------------------------------------------------------ reading a page
@@ -204,13 +238,18 @@ def test_every_kind_is_shown_with_its_numbers(tmp_path):
     assert page.row("GEMM") == ["GEMM", "60.00", "60.0 %", "30.00", "50 %"]
     assert page.row("norm", "40.00") == ["norm", "40.00", "40.0 %", "–", "–"]
     assert page.row("layer_norm", "native", "gpt2_124m")[5:] == [
-        "0.0125", "[0.0110, 0.0140]", "12.50", "0.01000", "60 %", "1.100 × [1.050, 1.150]",
+        "0.0125", "[0.0110, 0.0140]", "12.50", "0.01000", "60 %", "memory", "1.100 × [1.050, 1.150]",
     ]  # fmt: skip
     assert page.row("layer_norm.apex") == ["layer_norm.apex", "unrun", "needs apex"]
     assert page.row("attention=reference")[2] == "-10.0 % [-12.0, -5.0]"
     assert "attention=triton: unavailable: needs a GPU" in page.text
-    assert page.row("gpt2_124m", "101.5", "151.5")
-    assert page.row("gpt2_350m", "51.50", "unrun")
+    assert page.row("gpt2_124m, T=64, B=2")[1:] == ["101.5", "151.5 (1.10 ×)", "not built yet"]
+    assert page.row("gpt2_350m, T=64, B=1")[1:] == ["out of memory", "unequal losses", "unrun"]
+    assert page.row("gpt2_350m", "eager")[2] == "out of memory: give a smaller B"
+    assert page.row("gpt2_124m", "151.5")[2:5] == ["[99.00, 104.0]", "T=64, B=2", "fp32, eager (compile)"]
+    assert page.row("gpt2_124m tokens/s")[1:] == ["612,345 tokens/s", "≥ 600,000 tokens/s", "met", "triton"]
+    assert page.row("slow")[1:] == ["1.300 ×", "≤ 1.200 ×", "not met", "triton (an earlier run)"]
+    assert page.row("absent")[1:4] == ["unrun", "≥ 600,000 tokens/s", "unrun"]
     for kind, made in KINDS.items():
         assert f"deep/{kind}.json: {kind}, " in page.text
         assert made()["command"] in page.text
@@ -240,7 +279,10 @@ def test_what_was_not_measured_is_unrun(tmp_path):
     assert page.row("preset", machine) == ["preset", machine, "a GPU"]
     assert page.row("tiny", "5,000 at T=64, B=4")[2] == "unrun"
     assert page.row("gpt2_1558m") == ["gpt2_1558m", "unrun", "unrun"]
-    assert page.text.count("Unrun.") == 4  # peers, kernels, ablations, make gpu
+    assert page.text.count("Unrun.") == 6  # goals, peers, ladder, kernels, ablations, make gpu
+    for goal in gpu_table.TRAINING_GOALS:
+        name = f"{goal.preset} {'tokens/s' if goal.unit == 'tokens/s' else gpu_table.OVER}"
+        assert [page.row(name)[i] for i in (1, 3)] == ["unrun", "unrun"]
 
 
 def test_the_newest_measurement_is_the_one_in_front(tmp_path):
@@ -265,7 +307,9 @@ def test_committed_records_of_version_1_are_shown(tmp_path):
     found = report.search(COMMITTED)
     assert len(found.entries) == len(list(COMMITTED.glob("*.json")))
     assert not found.refused
-    assert {s.preset for s in report.speeds(found)} >= {"gpt2_124m"}
+    made = report.speeds(found)
+    assert "gpt2_124m" in {s.preset for s in made}
+    assert len(made) == len(found.entries)  # tritium's own, and no peer's
     assert not [entry.problem for entry in found.entries if entry.problem]
 
 
@@ -290,6 +334,18 @@ def test_bars_and_their_intervals_are_drawn_to_scale(tmp_path):
         for tag, a in drawn.tags if tag == "line" and a["y1"] == a["y2"]
     ]  # fmt: skip
     assert whiskers == [(80.0, 100.0), (0.0, 20.0)]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), "10", None, True])
+def test_what_cannot_be_drawn_is_no_block(wrong):
+    made = [
+        lambda: report_page.Bar("a", wrong, 0.0, 1.0, "a"), lambda: report_page.Bar("a", 0.0, wrong, 1.0, "a"),
+        lambda: report_page.Bars([], band=wrong), lambda: report_page.Stack([("a", wrong)], "a"),
+        lambda: report_page.Cell("a", bar=wrong) if wrong is not None else report_page.Cell(wrong),
+    ]  # fmt: skip
+    for make in made:
+        with pytest.raises((TypeError, ValueError)):
+            make()
 
 
 def test_the_parts_of_a_stack_fill_it():
@@ -447,11 +503,10 @@ def test_whatever_a_records_own_fields_are_the_page_is_made(tmp_path, kind):
     page = page_of(tmp_path)
     assert "good.json" in page.text
     assert not [row for row in page.rows if row[0] == "good.json"]  # where files are that could not be shown
-    if own:
-        assert [row for row in page.rows if row[0].endswith("gone.json")]
     named = {row[0] for row in page.rows} & broken.keys()
     shown = {name for name in broken if f"{name}: {kind}, " in page.text}
     assert named | shown == broken.keys()
+    assert named
 
 
 # ------------------------------------------------------------------------------------------------------------ make gpu
@@ -502,7 +557,20 @@ def test_a_rehearsal_says_that_it_is_none_of_it(tmp_path):
     put(tmp_path, {"device.jsonl": stage("device", device="cpu"), "training.jsonl": stage("training", EQUAL, SPEED)})
     page = page_of(tmp_path)
     assert page.loud == ["A rehearsal without a GPU: its figures mean nothing."]
-    assert "98,765" not in page.text[: page.text.index("make gpu", 200)]
+    assert [row for row in page.rows if "98,765" in row[1:2]] == [
+        [SPEED["name"], "98,765", "tokens/s", "B 32, T 1024, peak_gib 20.00"]
+    ]
+
+
+def test_records_of_a_rehearsal_are_shown_as_such_and_nowhere_else(tmp_path):
+    lines = {"run/device.jsonl": stage("device", device="cpu")}
+    red = train(checks=[record.check("finite losses", False)])
+    put(tmp_path, {"train.json": train(), "run/in/train.json": red, "run/gpu.json": goals(), **lines})
+    page = page_of(tmp_path)
+    assert page.row("tiny", "5,000")  # once
+    assert page.row("gpt2_124m tokens/s")[1] == "unrun"
+    assert page.loud.count("Of a rehearsal without a GPU: its figures mean nothing.") == 2
+    assert "Red" not in [word.strip() for word in page.words]
 
 
 @pytest.mark.parametrize(
@@ -513,6 +581,9 @@ def test_a_rehearsal_says_that_it_is_none_of_it(tmp_path):
         ((EQUAL | {"value": "False", "problems": "5 > 4"}, SPEED), "ok", "ok", "training: equal losses: False 5 > 4"),
         (({"name": "gelu.triton", "value": "failed", "unit": "contract", "reason": "NaN"},), "ok", "ok",
          "training: gelu.triton: failed NaN"),
+        (({"name": "gelu.triton", "value": "hung", "unit": "item", "reason": "killed"},), "ok", "ok",
+         "training: gelu.triton: hung killed"),
+        (({"name": "check: losses", "value": "nan", "unit": "red"},), "ok", "ok", "training: check: losses: nan"),
         (({"name": "flash", "value": "RuntimeError: no", "unit": "error"},), "ok", "ok",
          "training: flash: RuntimeError: no"),
         ((SPEED,), "", "cut short", None),
