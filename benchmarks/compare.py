@@ -172,6 +172,8 @@ def not_the_same(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         "device": [f"{r['machine']['name']}, {r['machine']['arch']}" for r in (a, b)],
         **{f"settings.{k}": [s.get(k) for s in settings] for k in ("T", "B")},
     }
+    shapes = [s.get("presets") if isinstance(s.get("presets"), dict) else {} for s in settings]  # a ladder's
+    facts |= {f"settings.presets.{k}": [s[k] for s in shapes] for k in shapes[0] if k in shapes[1]}
     if a["machine"]["device"] == "cpu":
         facts["cores"] = [r["machine"]["cores"] for r in (a, b)]
     return [f"{name}: {x} and {y}" for name, (x, y) in facts.items() if x != y]

@@ -270,9 +270,10 @@ class Speed:
 
 
 def speeds(found: Found) -> list[Speed]:
-    """What tritium trained at, by every record and stage that says so, the newest first."""
+    """What tritium trained at, by every record and stage that says so: the newest first, of one record the fastest."""
     made = [s for entry in found.of("train", "throughput", "ladder") for s in _own(entry, _speeds)]
-    return sorted(made + [s for run in found.runs for s in _run_speeds(run)], key=lambda s: s.date, reverse=True)
+    made += [s for run in found.runs for s in _run_speeds(run)]
+    return sorted(made, key=lambda s: (s.date, s.tokens_per_s), reverse=True)
 
 
 def _speeds(entry: Entry) -> list[Speed]:
@@ -595,8 +596,10 @@ def _goal_section(entry: Entry) -> Section:
         value = UNRUN if row["value"] is None else Cell(quantity(row["value"], row["unit"]), row["value"])
         by = row["by"] + " (an earlier run)" * row["recorded"]
         rows.append([Cell(row["figure"]), value, _goal(row["goal"], row["unit"], row["better"]), verdict, Cell(by)])
-    table = Table(["figure", "measured", "goal", "verdict", "by"], rows, folded=200)
-    return _measured(f"On {entry.machine}", entry, [table])
+    verdicts = [row["verdict"] for row in entry.data["goals"]]
+    tally = ", ".join(f"{verdicts.count(v)} {'unrun' if v == 'not run' else v}" for v in dict.fromkeys(verdicts))
+    table = Table(["figure", "measured", "goal", "verdict", "by"], rows, "every goal", folded=24)
+    return _measured(f"On {entry.machine}", entry, [Text(f"Goals: {tally}."), table])
 
 
 def figures(entry: Entry) -> Section:

@@ -170,7 +170,7 @@ td{max-width:34rem}td.short{white-space:nowrap}th{vertical-align:bottom;max-widt
 th button{all:unset;cursor:pointer}th button:focus-visible{outline:2px solid var(--link);outline-offset:2px}
 th[aria-sort=ascending] button:after{content:" ▲"}th[aria-sort=descending] button:after{content:" ▼"}
 .number{text-align:right}td.ours{font-weight:650}
-td.red{color:var(--red);font-weight:700}td.unrun,td.muted{color:var(--muted)}td.unrun{font-style:italic}
+td.red,td.red a{color:var(--red);font-weight:700}td.unrun,td.muted{color:var(--muted)}td.unrun{font-style:italic}
 td .share{display:block;height:3px;background:var(--ours);border-radius:2px}
 td.number:has(.share){min-width:7rem}
 .bars{display:grid;grid-template-columns:minmax(9rem,max-content) minmax(8rem,1fr) max-content;gap:.3rem .9rem;

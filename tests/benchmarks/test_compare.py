@@ -258,10 +258,11 @@ def test_nothing_differs_between_a_record_and_itself(tmp_path, capsys):
         ({"machine__cores": 96}, "cores: "),
         ({"settings__T": 32}, "settings.T: 16 and 32"),
         ({"settings__B": 1}, "settings.B: 2 and 1"),
+        ({"settings__presets": {"few": {"T": 3, "B": 2}, "new": {}}}, "settings.presets.few: "),
     ],
 )
 def test_records_of_different_things_are_refused(tmp_path, capsys, changes, said):
-    a, b = made(tmp_path, "a"), made(tmp_path, "b", **changes)
+    a, b = made(tmp_path, "a", settings__presets={"few": {"T": 1, "B": 2}, "gone": {}}), made(tmp_path, "b", **changes)
     assert compare.main([a, b]) == 2
     assert said in capsys.readouterr().err
     assert compare.main([a, b, "--anyway"]) == 0

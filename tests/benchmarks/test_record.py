@@ -111,3 +111,61 @@ def test_records_of_version_1_are_brought_up_to_date():
             f"{key} tokens/s": pytest.approx(speed, rel=1e-3) for key, speed in speeds.items()
         }
         assert found["checks"][0]["ok"]
+
+
+def test_a_record_with_figures_and_checks_is_read_as_it_was_written(tmp_path):
+    result = record.begin("test", "tritium bench", "cpu", "tiny") | GOOD
+    result["figures"] = [record.figure("step", "ms", "lower", [2.0, 1.0]), record.figure("peak", "bytes", "", value=7)]
+    result["checks"] = [record.check("losses", True), record.check("graphs", False, "two")]
+    result["sources"] = record.sources([("gelu", "reference"), ("gelu", "reference")])
+    record.write(result, SCHEMA, tmp_path / "a.json")
+    found = record.read(tmp_path / "a.json")
+    assert found == result
+    assert [f["samples"] for f in found["figures"]] == [[2.0, 1.0], []]
+    assert found["checks"][1] == {"name": "graphs", "ok": False, "detail": "two"}
+    assert list(found["sources"]) == ["gelu.reference"]
+    assert len(found["sources"]["gelu.reference"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schema": 3}, "has schema 3"),
+        ({"figures": [{"name": "step", "value": 1.0}]}, "figures[0].unit is missing"),
+        ({"figures": [record.figure("step", "ms", "lower", [float("inf")])]}, "figures[0].value must be finite"),
+        ({"figures": [record.figure("a", "ms", "", value=1.0) | {"samples": [1.0, "2"]}]}, "samples[1] must be int"),
+        ({"checks": [{"name": "losses", "ok": 1, "detail": ""}]}, "checks[0].ok must be bool"),
+        ({"sources": {"gelu.native": 3}}, "sources.gelu.native must be str"),
+        ({"versions": []}, "versions must be an object"),
+    ],
+)
+def test_a_record_whose_common_fields_do_not_fit_is_not_read(tmp_path, changes, said):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(record.begin("test", "tritium bench", "cpu") | changes))
+    with pytest.raises(record.RecordError) as raised:
+        record.read(path)
+    assert said in str(raised.value)
+    assert "a.json" in str(raised.value)
+
+
+NEW_IN_2 = ("preset", "kernels", "sources", "figures", "checks")
+
+
+def test_a_record_of_version_1_of_another_kind_has_no_figures(tmp_path):
+    now = record.begin("overhead", "tritium bench overhead", "cpu")
+    old = {key: value for key, value in now.items() if key not in NEW_IN_2} | {"schema": 1, "rows": [1]}
+    old["machine"] = {key: value for key, value in now["machine"].items() if key != "state"}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    found = record.read(tmp_path / "old.json")
+    assert record.problems({key: found[key] for key in record.COMMON}, record.COMMON) == []
+    assert (found["schema"], found["rows"], found["figures"], found["checks"]) == (record.VERSION, [1], [], [])
+    state = found["machine"]["state"]
+    assert state.pop("throttled_by") == []
+    assert set(state.values()) == {None}
+
+
+def test_the_state_of_a_cpu_is_a_clock_where_the_system_tells_one():
+    state = record._cpu_state()
+    assert record.problems(state, record.MACHINE["state"]) == []
+    assert state["clock_mhz"] is None or 100 < state["clock_mhz"] < 10_000
+    assert state["throttled_by"] == []

@@ -249,6 +249,7 @@ def test_every_kind_is_shown_with_its_numbers(tmp_path):
     assert page.row("gpt2_124m", "151.5")[2:5] == ["[99.00, 104.0]", "T=64, B=2", "fp32, eager (compile)"]
     assert page.row("gpt2_124m tokens/s")[1:] == ["612,345 tokens/s", "≥ 600,000 tokens/s", "met", "triton"]
     assert page.row("slow")[1:] == ["1.300 ×", "≤ 1.200 ×", "not met", "triton (an earlier run)"]
+    assert "Goals: 1 met, 1 not met, 1 unrun." in page.text
     assert page.row("absent")[1:4] == ["unrun", "≥ 600,000 tokens/s", "unrun"]
     for kind, made in KINDS.items():
         assert f"deep/{kind}.json: {kind}, " in page.text
@@ -292,6 +293,11 @@ def test_the_newest_measurement_is_the_one_in_front(tmp_path):
     page = page_of(tmp_path)
     assert page.row("tiny", "5,000 at T=64, B=4")
     assert page.row("tiny", "9,000")[-1] == "2020-01-01 00:00"
+
+
+def test_of_a_ladder_the_fastest_is_the_one_in_front(tmp_path):
+    put(tmp_path, {"ladder.json": ladder()})
+    assert page_of(tmp_path).row("gpt2_124m", "151.5 at T=64, B=2")
 
 
 def test_a_red_check_is_loud_and_the_speed_withheld(tmp_path):
