@@ -165,22 +165,23 @@ def _line(mine: dict[str, Any], other: dict[str, Any]) -> Line:
 
 def not_the_same(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Why two records are not of the same thing."""
-    settings = [_settings(r) for r in (a, b)]
+    settings = [_object(r, "settings") for r in (a, b)]
     facts = {
         "kind": [r["kind"] for r in (a, b)],
         "preset": [r["preset"] for r in (a, b)],
         "device": [f"{r['machine']['name']}, {r['machine']['arch']}" for r in (a, b)],
         **{f"settings.{k}": [s.get(k) for s in settings] for k in ("T", "B")},
     }
-    shapes = [s.get("presets") if isinstance(s.get("presets"), dict) else {} for s in settings]  # a ladder's
+    shapes = [_object(s, "presets") for s in settings]  # a ladder's
     facts |= {f"settings.presets.{k}": [s[k] for s in shapes] for k in shapes[0] if k in shapes[1]}
     if a["machine"]["device"] == "cpu":
         facts["cores"] = [r["machine"]["cores"] for r in (a, b)]
     return [f"{name}: {x} and {y}" for name, (x, y) in facts.items() if x != y]
 
 
-def _settings(r: dict[str, Any]) -> dict[str, Any]:
-    found = r.get("settings")
+def _object(of: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object among fields that nobody has checked; {} where there is none."""
+    found = of.get(key)
     return found if isinstance(found, dict) else {}
 
 
@@ -202,7 +203,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
             found.append(f"source of {name}: in no file, so whether it is the same is not known")
         elif old != new:
             found.append(f"source of {name}: {old} → {new}")
-    configs = [_flat(_settings(r).get("config", {})) for r in (a, b)]
+    configs = [_flat(_object(r, "settings").get("config", {})) for r in (a, b)]
     found += [
         f"{name}: {configs[0].get(name)} → {configs[1].get(name)}"
         for name in sorted(configs[0].keys() | configs[1].keys())

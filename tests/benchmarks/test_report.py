@@ -245,6 +245,8 @@ def test_every_kind_is_shown_with_its_numbers(tmp_path):
     assert "attention=triton: unavailable: needs a GPU" in page.text
     assert page.row("gpt2_124m, T=64, B=2")[1:] == ["101.5", "151.5 (1.10 ×)", "not built yet"]
     assert page.row("gpt2_350m, T=64, B=1")[1:] == ["out of memory", "unequal losses", "unrun"]
+    kinds = {a.get("class", "").split()[-1] for tag, a in page.tags if tag == "td"}
+    assert kinds >= {"ours", "unrun", "red", "muted"}
     assert page.row("gpt2_350m", "eager")[2] == "out of memory: give a smaller B"
     assert page.row("gpt2_124m", "151.5")[2:5] == ["[99.00, 104.0]", "T=64, B=2", "fp32, eager (compile)"]
     assert page.row("gpt2_124m tokens/s")[1:] == ["612,345 tokens/s", "≥ 600,000 tokens/s", "met", "triton"]
@@ -557,6 +559,26 @@ def test_the_stages_of_make_gpu_are_shown(tmp_path):
     assert page.row("flex", "unrun")
     assert {row[0] for row in page.rows if row[1:2] == ["unrun"]} >= gpu.STAGES.keys() - {"device", "training", "gemm"}
     assert not page.loud
+
+
+def test_what_an_earlier_run_measured_is_its_own(tmp_path):
+    lines = stage("training", EQUAL, SPEED | {"recorded": "gpu_1/training.jsonl"})
+    put(tmp_path, {"device.jsonl": stage("device"), "training.jsonl": lines})
+    assert [row[0] for row in page_of(tmp_path).rows if "98,765" in " ".join(row)] == [SPEED["name"]]  # in its stage
+
+
+def test_of_several_runs_the_newest_whose_goals_can_be_read_counts(tmp_path):
+    row = goals()["goals"][0]
+    records = {
+        "1.json": goals(date="2020-01-01T00:00:00+00:00", goals=[row | {"value": 1000.0}]),
+        "2.json": goals(date="2021-01-01T00:00:00+00:00", goals=[row | {"value": 2000.0}]),
+        "3.json": goals(date="2022-01-01T00:00:00+00:00", goals=[{"figure": "x"}]),
+    }
+    put(tmp_path, records)
+    page = page_of(tmp_path)
+    assert page.row("gpt2_124m tokens/s", "2,000 tokens/s")
+    assert "1,000 tokens/s" not in [cell for row in page.rows for cell in row]
+    assert "KeyError" in page.row("3.json")[1]
 
 
 def test_a_rehearsal_says_that_it_is_none_of_it(tmp_path):
