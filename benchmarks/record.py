@@ -200,12 +200,15 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     not read (1 is brought up to date)."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not a record that can be read: {error}") from error
     if not isinstance(found, dict) or "schema" not in found or "kind" not in found:
         raise RecordError(f"{path} is not a benchmark record: it has no fields schema and kind")
     if found["schema"] == 1:
-        found = _from_version_1(found)
+        try:
+            found = _from_version_1(found)
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise RecordError(f"{path} is a damaged record of version 1: {type(error).__name__}: {error}") from error
     if found["schema"] != VERSION:
         raise RecordError(f"{path} has schema {found['schema']!r}; this version of tritium reads 1 and {VERSION}")
     wrong = problems({k: found[k] for k in COMMON if k in found}, COMMON)

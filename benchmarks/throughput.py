@@ -149,14 +149,14 @@ def bench_train(
         for fact in facts.values()
         for a, b in zip(facts[ours[fact["model"]]]["losses"], fact["losses"], strict=True)
     )
-    for key, taken in samples.items():
+    for key, mine in samples.items():
         facts[key] |= {
-            "tokens_per_s": 1e3 * B * T / taken.median_ms,
-            "times": taken.to_json(),
-            "noise": timing.noise(taken),
+            "tokens_per_s": 1e3 * B * T / mine.median_ms,
+            "times": mine.to_json(),
+            "noise": timing.noise(mine),
         }
         name = f"{key} tokens/s"
-        result["figures"].append(record.figure(name, "tokens/s", "higher", [1e3 * B * T / ms for ms in taken.ms]))
+        result["figures"].append(record.figure(name, "tokens/s", "higher", [1e3 * B * T / ms for ms in mine.ms]))
     speedup = {
         key: timing.speedup(samples[ours[fact["model"]]], samples[key])
         for key, fact in facts.items()

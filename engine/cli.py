@@ -1198,7 +1198,9 @@ BENCHMARKS: dict[str, tuple[str, str]] = {  # what → (about, module of tritium
     "train": ("tokens/s, utilisation, memory and anatomy of training a preset", "training"),
     "peers": ("a preset against other implementations of the same model", "throughput"),
     "kernels": ("every op, backend by backend", "kernels"),
+    "ladder": ("the sizes of GPT-2, rung by rung: eager, compiled, fused", "ladder"),
     "compare": ("two records: ratios, intervals, a verdict", "compare"),
+    "report": ("every record of a folder, on one HTML page", "report"),
 }
 
 

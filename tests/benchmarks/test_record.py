@@ -169,3 +169,11 @@ def test_the_state_of_a_cpu_is_a_clock_where_the_system_tells_one():
     assert record.problems(state, record.MACHINE["state"]) == []
     assert state["clock_mhz"] is None or 100 < state["clock_mhz"] < 10_000
     assert state["throttled_by"] == []
+
+
+@pytest.mark.parametrize("text", ['{"schema": 1, "kind": "throughput"}', "[" * 100_000, "\udcff"])
+def test_a_damaged_record_is_named(tmp_path, text):
+    path = tmp_path / "record.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(record.RecordError, match=r"record\.json"):
+        record.read(path)
