@@ -19,6 +19,10 @@ NOT_TRACED = {
     "native": "the native kernels run on the CPU",
     "apex": "needs the package apex",
     "flash_attn": "needs the package flash-attn",
+    "flash_attn_4": "needs the package flash-attn-4",
+    "liger": "needs the package liger-kernel",
+    "quack": "needs the package quack-kernels",
+    "cut_cross_entropy": "needs the package cut-cross-entropy",
 }
 NOT_TRACED_WITH_DOCUMENTS = {"attention sdpa_flash": "torch's flash attention takes no mask, and documents"}
 # what an op's backend is called in a graph, where that is not OP_BACKEND
