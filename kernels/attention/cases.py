@@ -1,6 +1,7 @@
 """Cases of attention. B batch · Tq queries · Tk keys · H query heads · G key/value heads · D head width.
 
-Options: the op's own; documents (False): rows hold several documents, so a ``seq_start`` is given.
+Options: the op's own; documents (False): rows hold several documents, so a ``seq_start`` is given; "anywhere": they
+start in no order, before the first key, beyond the query itself and beyond the last key.
 """
 
 from typing import Any
@@ -60,6 +61,14 @@ CASES = (
     _case("more_queries_zero_softcap", 1, 9, 4, 2, 2, 8, scale=0.0, softcap=2.0),
     _case("more_keys_documents_full_negative_softcap", 1, 10, 13, 2, 1, 8,
           documents=True, causal=False, scale=-0.4, softcap=2.0),
+    _case("starts_anywhere", 2, 40, 40, 4, 2, 16, documents="anywhere"),
+    _case("starts_anywhere_several_tiles", 1, 150, 150, 1, 1, 8, documents="anywhere"),
+    _case("starts_anywhere_full", 2, 23, 31, 2, 1, 8, documents="anywhere", causal=False, scale=-0.4),
+    _case("starts_anywhere_full_window_softcap", 1, 35, 33, 2, 2, 8,
+          documents="anywhere", causal=False, window=5, softcap=2.0),
+    _case("starts_anywhere_window_dropout", 1, 37, 37, 2, 2, 8, documents="anywhere", window=9, dropout=0.2),
+    _case("starts_anywhere_more_queries", 2, 15, 9, 2, 1, 8, documents="anywhere"),
+    _case("starts_anywhere_decode", 3, 1, 9, 2, 1, 8, documents="anywhere"),
     *(_case(f"{name}_{T // 1024}k", B, T, T, H, G, D, large=True) for name, H, G, D in
       (("gpt2_124m", 12, 12, 64), ("gpt2_1558m", 25, 25, 64), ("llama_8b", 32, 8, 128))
       for B, T in ((16, 1024), (4, 4096), (1, 16384))),
@@ -90,6 +99,8 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int
 def seq_start(case: Case) -> torch.Tensor:
     """Documents whose lengths differ within and between rows; a function of the case, so its FLOPs are one number."""
     B, Tq, Tk = (case.shape[letter] for letter in ("B", "Tq", "Tk"))
+    if case.options["documents"] == "anywhere":
+        return _anywhere(B, Tq, Tk)
     rows = []
     for b in range(B):
         begin, number, starts = 0, 0, []
@@ -102,24 +113,49 @@ def seq_start(case: Case) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(B, Tq)
 
 
+def _anywhere(B: int, Tq: int, Tk: int) -> torch.Tensor:
+    """Starts from -3 to Tk + 3, in no order; those of the last quarter of the queries lie beyond all keys, as padding's
+    may, so that of causal queries none sees the last keys."""
+    generator = torch.Generator().manual_seed(Tq * 1000 + Tk)
+    starts = torch.randint(-3, Tk + 4, (B, Tq), generator=generator)
+    early = torch.randint(-3, Tk // 4 + 1, (B, Tq), generator=generator)
+    starts = torch.where(torch.rand(B, Tq, generator=generator) < 0.5, starts, early)
+    starts[:, Tq - Tq // 4 :] = Tk + 1
+    return starts.to(torch.int32)
+
+
+def _span(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the last key that each query sees, both (B, Tq); the last is below the first where it sees none."""
+    B, Tq, Tk = (case.shape[letter] for letter in ("B", "Tq", "Tk"))
+    position = (torch.arange(Tq) + Tk - Tq).expand(B, Tq)
+    last = position if case.options.get("causal", True) else torch.full_like(position, Tk - 1)
+    window = int(case.options.get("window", 0))
+    first = (position - window + 1).clamp(min=0) if window else torch.zeros_like(position)
+    if case.options.get("documents"):
+        first = torch.maximum(first, seq_start(case).long())
+    return first, last
+
+
 def exact_zeros(case: Case, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Queries before the first key see nothing: they give zeros, and so does their gradient."""
-    B, Tq, Tk, H, D = (case.shape[letter] for letter in ("B", "Tq", "Tk", "H", "D"))
-    blind = torch.arange(Tq, device=arguments["q"].device) + Tk - Tq < 0
-    blind = (blind & bool(case.options.get("causal", True)))[None, :, None, None].expand(B, Tq, H, D)
-    return {"output": blind, "gradient of q": blind}
+    """A query that sees no key gives zeros, and so do its gradient and those of a key that no query sees."""
+    B, Tk, H, G, D = (case.shape[letter] for letter in ("B", "Tk", "H", "G", "D"))
+    first, last = _span(case)
+    sees = last >= first
+    # how many spans begin and have not ended
+    begun = torch.zeros(B, Tk + 1, dtype=torch.int64)
+    begun.scatter_add_(1, torch.where(sees, first, 0), sees.long())
+    begun.scatter_add_(1, torch.where(sees, last + 1, 0), -sees.long())
+    unseen = begun.cumsum(1)[:, :Tk] == 0
+    device = arguments["q"].device
+    blind, unseen = (~sees).to(device)[:, :, None, None], unseen.to(device)[:, :, None, None]
+    blind, unseen = blind.expand(-1, -1, H, D), unseen.expand(-1, -1, G, D)
+    return {"output": blind, "gradient of q": blind, "gradient of k": unseen, "gradient of v": unseen}
 
 
 def visible(case: Case) -> int:
     """The (query, key) pairs, over the whole batch, where the key may be seen."""
-    B, Tq, Tk = (case.shape[letter] for letter in ("B", "Tq", "Tk"))
-    position = torch.arange(Tq) + Tk - Tq
-    last = position if case.options.get("causal", True) else torch.full((Tq,), Tk - 1)
-    window = int(case.options.get("window", 0))
-    first = (position - window + 1).clamp(min=0) if window else torch.zeros_like(position)
-    if case.options.get("documents"):
-        return int((last - torch.maximum(first, seq_start(case)) + 1).clamp(min=0).sum())
-    return B * int((last - first + 1).clamp(min=0).sum())
+    first, last = _span(case)
+    return int((last - first + 1).clamp(min=0).sum())
 
 
 def flops(case: Case) -> int:

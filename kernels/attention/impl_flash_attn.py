@@ -86,6 +86,8 @@ def unsupported(site: Site) -> str | None:
         return "flash-attn's kernel takes the number of documents from the host, which one graph cannot; choose flex"
     if site.option("documents") and (not site.option("causal", True) or site.shape.get("Tq") != site.shape.get("Tk")):
         return _DOCUMENTS
+    if site.option("documents") == "anywhere":
+        return "documents that do not follow one another are no sequences for flash-attn; choose flex, sdpa or triton"
     if 0 in (site.shape.get("B"), site.shape.get("Tq"), site.shape.get("Tk")):
         return f"flash-attn launches no kernel for an empty tensor, this site has {dict(site.shape)}; choose reference"
     return None

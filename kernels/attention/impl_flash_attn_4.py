@@ -81,6 +81,8 @@ def unsupported(site: Site) -> str | None:
         return "flash-attn-4 compiles its kernels from Python when they are called, which one graph cannot; choose flex"
     if site.option("documents") and (not site.option("causal", True) or site.shape.get("Tq") != site.shape.get("Tk")):
         return _DOCUMENTS
+    if site.option("documents") == "anywhere":
+        return "documents that do not follow one another are no sequences for flash-attn; choose flex, sdpa or triton"
     if site.shape.get("Tq", 0) > site.shape.get("Tk", site.shape.get("Tq", 0)):
         return "nothing says what flash-attn-4 gives for a query that sees no key; choose flex or reference"
     scale = site.option("scale")

@@ -79,8 +79,8 @@ def _block_mask(
         some, every = some & (p0 - j1 < window), every & (p1 - j0 < window)
     some, every = some.expand(1, rows, columns), every.expand(1, rows, columns)
     if seq_start is not None:
-        # documents follow one another, so seq_start grows along a row: its ends in a tile bound what is between
-        first, last = seq_start[:, i0[:, 0]][:, :, None], seq_start[:, i1[:, 0]][:, :, None]
+        i = torch.arange(rows * BLOCK, device=device).clamp(max=Tq - 1)
+        first, last = torch.aminmax(seq_start[:, i].unflatten(1, (rows, BLOCK)), dim=2, keepdim=True)
         some, every = some & (j1 >= first), every & (j0 >= last)
     partly = some & ~every
     return BlockMask.from_kv_blocks(

@@ -6,8 +6,9 @@ h // (H // G)), D head width.
 Query i of row b sees key j when all of these hold, with p = i + Tk - Tq its position (queries are the last Tq ones):
     causal     j ≤ p
     window     window == 0, or p - j < window
-    documents  seq_start is None, or j ≥ seq_start[b, i], the key position where that query's document starts
-A query that sees no key gives zeros, and so does its gradient.
+    documents  seq_start is None, or j ≥ seq_start[b, i], the key position where that query's document starts; any
+               integer, in any order along a row: below 0 it hides nothing, beyond the last key it hides all
+A query that sees no key gives zeros, and so does its gradient; a key that no query sees has a gradient of zero.
 """
 
 import math

@@ -117,4 +117,6 @@ def unsupported(site: Site, kernel: str | None) -> str | None:
         return f"{own} takes no mask, and {hidden} needs one; {_OTHERS}" if hidden else None
     if causal and Tq is not None and Tk is not None and Tq > Tk:
         return f"{own} promises nothing for queries that see no key, and Tq={Tq} on Tk={Tk} has some; choose sdpa"
+    if site.option("documents") == "anywhere":
+        return f"{own} promises nothing for queries that see no key, as documents starting anywhere have; choose sdpa"
     return None

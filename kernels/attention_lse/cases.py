@@ -1,7 +1,8 @@
 """Cases of attention_lse: those of attention without dropout. B batch · Tq queries · Tk keys · H query heads ·
 G key/value heads · D head width.
 
-Options: attention's but dropout: causal, scale, window, softcap, documents (False: rows hold several documents).
+Options: attention's but dropout: causal, scale, window, softcap, documents (False; True or "anywhere": rows hold
+several documents).
 """
 
 from typing import Any

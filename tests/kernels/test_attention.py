@@ -54,6 +54,7 @@ def site(**changes: object) -> Site:
         ("sdpa_efficient", {"machine": CPU}, "memory-efficient attention is for GPUs"),
         ("sdpa_efficient", {"machine": Machine("cuda", "sm_75")}, None),
         ("sdpa_efficient", {"shape": {"D": 64, "Tq": 9, "Tk": 4}}, "see no key"),
+        ("sdpa_efficient", {"options": {"documents": "anywhere"}}, "see no key"),
         ("flex", {}, None),
         ("flex", {"options": {"softcap": 3.0, "window": 4, "documents": True}}, None),
         ("flex", {"options": {"dropout": 0.1}}, "no dropout"),
@@ -112,6 +113,8 @@ def test_sdpa_flash_runs_the_flash_kernel_and_no_other():
         (1, 300, True, 0, False),
         (200, 300, False, 50, False),
         (260, 260, False, 0, True),
+        (300, 300, True, 0, "anywhere"),
+        (300, 300, False, 140, "anywhere"),
         (64, 64, True, 0, False),
     ],
 )
@@ -124,6 +127,8 @@ def test_flexs_tile_table_covers_what_is_visible_and_marks_only_what_is_visible_
         lengths = torch.tensor([[0, 90, 91, 200, 256], [0, 1, 128, 129, 255]])
         i = torch.arange(Tq)
         seq_start = torch.stack([row[torch.searchsorted(row, i, right=True) - 1] for row in lengths]).to(torch.int32)
+    if documents == "anywhere":  # within a tile the first query's start is neither the least nor the greatest
+        seq_start = torch.where(i % 3 == 1, (Tk + 5) * (i // 128), torch.where(i % 3 == 2, 0, seq_start)).int()
     mask = impl_flex._block_mask(Tq, Tk, seq_start, causal, window, torch.device("cpu"))
 
     def table(counts, columns):

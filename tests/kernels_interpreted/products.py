@@ -38,7 +38,7 @@ PRODUCTS: dict[str, dict[str, tuple]] = {
     },
     "attention_lse": {
         "T": ((37, 37), (5, 40), (40, 33)), "heads": ((2, 2), (3, 1)), "D": (8, 24), "causal": (True, False),
-        "documents": (False, True), "window": (0, 6), "softcap": (0.0, 7.0), "scale": (None, -0.25),
+        "documents": (False, True, "anywhere"), "window": (0, 6), "softcap": (0.0, 7.0), "scale": (None, -0.25),
     },
     "layer_norm": {**NORM, "bias": (True, False)},
     "add_layer_norm": {**NORM, "bias": (True, False)},
@@ -72,7 +72,7 @@ def case_of(name: str, chosen: Mapping[str, object]) -> tuple[Case, torch.dtype]
             shape[key] = value
         elif key != "dtype" and value is not None:
             options[key] = value
-    if options.get("documents") and shape["Tq"] > shape["Tk"]:  # documents are about queries that are keys too
+    if options.get("documents") is True and shape["Tq"] > shape["Tk"]:  # documents are about queries that are keys too
         shape["Tq"] = shape["Tk"]
     return Case(" ".join(f"{k}={v}" for k, v in {**shape, **options}.items()), shape, options), chosen["dtype"]
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritium.kernels import contract, ops
 from tritium.kernels.attention import impl_triton as attention
+from tritium.kernels.attention import reference
 from tritium.kernels.attention_lse import impl_triton as attention_lse
 from tritium.kernels.case import Case
 from tritium.kernels.site import Machine
@@ -212,6 +213,28 @@ def test_whatever_comes_back_for_the_lse_of_a_blind_query_is_nothing(backend):
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases
+
+
+@pytest.mark.parametrize("case", [c for c in ops.attention.cases.CASES if not c.large], ids=str)
+def test_zeros_are_asked_of_every_query_that_sees_no_key_and_every_key_that_none_sees(case):
+    arguments = ops.attention.cases.inputs(case, FP32, "cpu")
+    options = {n: arguments.get(n, d) for n, d in (("seq_start", None), ("causal", True), ("window", 0))}
+    _, hidden = reference.masked_scores(arguments["q"], arguments["k"], scale=None, softcap=0.0, **options)
+    B, Tq, Tk = (case.shape[letter] for letter in ("B", "Tq", "Tk"))
+    seen = ~hidden[:, 0, 0].expand(B, Tq, Tk)
+    zeros = ops.attention.cases.exact_zeros(case, arguments)
+    for name, axis, tensor in (("output", 2, "q"), ("gradient of q", 2, "q"),
+                               ("gradient of k", 1, "k"), ("gradient of v", 1, "v")):  # fmt: skip
+        assert torch.equal(zeros[name], ~seen.any(axis)[:, :, None, None].expand(arguments[tensor].shape))
+
+
+def test_starts_lie_before_the_keys_beyond_the_query_and_beyond_the_keys_in_no_order():
+    (case,) = (c for c in ops.attention.cases.CASES if c.name == "starts_anywhere")
+    start, i, T = ops.attention.cases.seq_start(case), torch.arange(case.shape["Tq"]), case.shape["Tk"]
+    assert (start < 0).any()
+    assert ((start > i) & (start < T)).any()
+    assert (start[:, :-10].diff() < 0).any()
+    assert (start > T).any()
 
 
 @pytest.mark.parametrize("name", ["attention", "attention_lse"])
