@@ -145,8 +145,7 @@ def _query_ranges(
     last = tl.maximum(last, 0)
     first = tl.minimum(first, last) // BLOCK_M * BLOCK_M
     whole = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(whole, 0), BLOCK_M), tl.cdiv(last, BLOCK_M)) * BLOCK_M, first)
-    if WINDOW or START is not None:
-        tail = tl.maximum(tl.maximum(tail, 0) // BLOCK_M * BLOCK_M, whole)
+    tail = tl.maximum(tl.maximum(tail, 0) // BLOCK_M * BLOCK_M, whole)
     return first, whole, tail, last
 
 
@@ -326,9 +325,9 @@ def _backward_keys_part(
 ):  # fmt: skip
     """Walk the query tiles in [begin, end) of R heads, in one loop: nested ones cost registers. Q … DELTA and row are
     the first head's.
-    Tiles are transposed, keys by queries, so that no product needs p or ds turned. Queries past the end need no mask:
-    they are read as
-    zeros with an lse of +∞, so their p is 0."""
+    Tiles are transposed, keys by queries, so that no product needs p or ds turned. Queries past the end are read as
+    zeros with an lse of +∞, so their p is 0 once their s is finite: a key of -∞ times their zeros is NaN, which is why
+    their tile is one of the MASKED."""
     tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)
     for t in range(0, tiles * R):
         if R == 1:
@@ -338,6 +337,8 @@ def _backward_keys_part(
         i = m0 + tl.arange(0, BLOCK_M)
         q = _load_rows(Q + tl.cast(r, tl.int64) * stride_qh, m0, Tq, stride_qt, BLOCK_M, D, BLOCK_D, True)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if MASKED:
+            s = tl.where((i < Tq)[None, :], s, 0.0)
         if SOFTCAP:
             tanh_s = tanh(s * (factor / softcap))
             s = softcap * tanh_s
@@ -409,12 +410,11 @@ def _backward_keys(
         stride_qh, stride_qt, stride_dh, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
         False, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, R, D, BLOCK_D, BLOCK_M,
     )  # fmt: skip
-    if WINDOW or START is not None:
-        dk, dv = _backward_keys_part(
-            dk, dv, k, v, Q, DY, LSE, DELTA, START, tail, last, j, head * Tq, seed, Tq, Tk, past, window,
-            stride_qh, stride_qt, stride_dh, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
-            True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, R, D, BLOCK_D, BLOCK_M,
-        )  # fmt: skip
+    dk, dv = _backward_keys_part(
+        dk, dv, k, v, Q, DY, LSE, DELTA, START, tail, last, j, head * Tq, seed, Tq, Tk, past, window,
+        stride_qh, stride_qt, stride_dh, stride_dt, stride_st, factor, softcap, threshold, keep_scale,
+        True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, R, D, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
     _store_rows(DK + (b * Tk * G + g) * D, dk * scale, n0, Tk, G * D, BLOCK_N, D, BLOCK_D)
     _store_rows(DV + (b * Tk * G + g) * D, dv, n0, Tk, G * D, BLOCK_N, D, BLOCK_D)
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from mutation import Mutant, mutated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritium.kernels import contract, ops
@@ -264,6 +265,47 @@ def test_cases_hold_every_two_circumstances_together(name):
     pairs.remove({"causal": False, "queries": 1})  # without a causal mask no query is blind
     lacking = [pair for pair in pairs if not any(pair.items() <= facts.items() for facts in found)]
     assert lacking == []
+
+
+ENDS = {  # 40 queries: the last tile of 32 has rows that do not exist
+    "causal": {}, "full": {"causal": False}, "window": {"window": 7}, "softcap": {"softcap": 3.0},
+    "dropout": {"dropout": 0.2},
+}  # fmt: skip
+
+
+def gradients_with_a_key_of_minus_infinity(function, at: int, **options) -> list[torch.Tensor]:
+    """y, dk, dv where key ``at`` has a -∞ that every query turns into a score of -∞. (dq is 0·∞ in the reference.)"""
+    q, k, v, dy = (random(1, 40, 2, 8, seed=i) for i in range(4))
+    q[..., 0] = q[..., 0].abs() + 0.1
+    k[:, at, :, 0] = -torch.inf
+    if options.get("dropout"):
+        options["seed"] = torch.tensor(5)
+    y, _, dk, dv = gradients(function, (q, k, v), dy, **options)
+    return [y, dk, dv]
+
+
+@pytest.mark.parametrize("at", [3, 39])
+@pytest.mark.parametrize("options", ENDS.values(), ids=ENDS)
+def test_keys_of_minus_infinity_weigh_nothing_and_are_not_seen_by_rows_past_the_end(options, at):
+    want = gradients_with_a_key_of_minus_infinity(ops.attention.reference, at, **options)
+    assert all(t.isfinite().all() for t in want)
+    found = gradients_with_a_key_of_minus_infinity(attention.attention, at, **options)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("s = tl.where((i < Tq)[None, :], s, 0.0)", "s = s"),
+        ("    tail = tl.maximum(tl.maximum(tail, 0) // BLOCK_M * BLOCK_M, whole)", "    pass"),
+    ],
+)
+def test_without_the_mask_of_rows_past_the_end_such_a_keys_gradient_is_nan(before, after, tmp_path):
+    mutant = Mutant("attention", f"rows past the end {after.strip()}", before, after, "")
+    _, dk, dv = gradients_with_a_key_of_minus_infinity(mutated(mutant, tmp_path).function, 3, causal=False)
+    assert dk[:, 3].isnan().any()
+    assert dv[:, 3].isnan().any()
+    assert not dv[:, 4:].isnan().any()
 
 
 @pytest.mark.parametrize("window", [2**31 - 1, 2**31 - 4, 2**63 - 1])
