@@ -91,7 +91,7 @@ def _row_loss(
         mask = full + columns < V
         z = _load(ROW + full, columns, mask, softcap, SOFTCAP, MASKED=True)
         top, sums, total = _accumulate(top, sums, total, z, mask, SMOOTH, MASKED=True)
-    lse = top + tl.log2(tl.sum(sums, 0)) * LN2
+    lse = tl.where(top == float("inf"), top, top + tl.log2(tl.sum(sums, 0)) * LN2)  # ∞ - ∞ has made the sum NaN
     in_range = (target >= 0) & (target < V)
     true = tl.load(ROW + target, in_range, other=0.0).to(tl.float32)
     if SOFTCAP:
@@ -99,7 +99,7 @@ def _row_loss(
     loss = lse - true
     if SMOOTH:
         loss = (1 - smoothing) * loss + smoothing * (lse - tl.sum(total, 0) / V)
-    loss += z_loss * lse * lse
+    loss += tl.where(z_loss > 0, z_loss * lse * lse, 0.0)
     return tl.where(in_range, loss, float("nan")), lse
 
 
@@ -108,10 +108,11 @@ def _row_gradient(
     ROW, DROW, target, lse, dloss, V, Vp, smoothing, z_loss, softcap,
     SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write dlogits of one row whose target counts; DROW may be ROW."""
+    """Write dlogits of one row whose target counts; DROW may be ROW. An option of 0 takes no part: times an infinite
+    lse or dloss it would be NaN."""
     dloss = tl.where((target >= 0) & (target < V), dloss, float("nan"))
-    scale = dloss * (1 + 2 * z_loss * lse)
-    everywhere = dloss * (smoothing / V)
+    scale = dloss * (1 + tl.where(z_loss > 0, 2 * z_loss * lse, 0.0))
+    everywhere = tl.where(smoothing > 0, dloss * (smoothing / V), 0.0)
     at_target = dloss * (1 - smoothing + smoothing / V)  # one number to subtract: of one class all is to cancel
     columns = tl.arange(0, BLOCK_V)
     full = V // BLOCK_V * BLOCK_V
@@ -199,13 +200,14 @@ def _forward_backward(
 
 @triton.jit
 def _scale(X, FACTOR, size, BLOCK: tl.constexpr):
-    """X *= FACTOR in place; nothing is read where that is one."""
+    """X *= FACTOR in place; nothing is read where that is one. Zeros stay, padding's and ignored rows', though FACTOR
+    be infinite."""
     factor = tl.load(FACTOR).to(tl.float32)
     if factor != 1:
         for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
             at = block * tl.full((), BLOCK, tl.int64) + tl.arange(0, BLOCK)
             x = tl.load(X + at, at < size, other=0.0).to(tl.float32)
-            tl.store(X + at, (x * factor).to(X.dtype.element_ty), at < size)
+            tl.store(X + at, tl.where(x == 0, x, x * factor).to(X.dtype.element_ty), at < size)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
@@ -407,8 +409,8 @@ def _fake_one_pass(
 
 
 def _scaled(dloss: Tensor, dlogits: Tensor) -> tuple[Tensor]:
-    # in fp32, since torch would round the factor to dlogits' dtype
-    return ((dlogits.to(torch.float32) * dloss).to(dlogits.dtype),)
+    # in fp32, since torch would round the factor to dlogits' dtype; zeros stay, as in _scale
+    return (torch.where(dlogits == 0, dlogits, (dlogits.to(torch.float32) * dloss).to(dlogits.dtype)),)
 
 
 _one_pass = differentiable(

@@ -39,9 +39,11 @@ FP16_BOOST = 1024.0
 
 @triton.jit
 def _scale(X, FACTOR, Y, size, BLOCK: tl.constexpr):
+    """Y = X times FACTOR. Zeros stay, those of ignored rows and of the padding, though FACTOR be infinite."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(X + at, at < size, other=0.0).to(tl.float32)
-    tl.store(Y + at, (x * tl.load(FACTOR).to(tl.float32)).to(Y.dtype.element_ty), at < size)
+    y = tl.where(x == 0, x, x * tl.load(FACTOR).to(tl.float32))
+    tl.store(Y + at, y.to(Y.dtype.element_ty), at < size)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers

@@ -11,7 +11,7 @@ MUTANTS = [
            "ignore_index_in_range"),
     Mutant("cross_entropy", "padding's gradient not zero", "tl.where(real, dz, 0.0)", "tl.where(real, dz, 1e-3)",
            "padded"),
-    Mutant("cross_entropy", "z_loss not differentiated", "(1 + 2 * z_loss * lse)", "(1 + z_loss * lse)", "z_loss"),
+    Mutant("cross_entropy", "z_loss not differentiated", "2 * z_loss * lse, 0.0", "z_loss * lse, 0.0", "z_loss"),
     Mutant("cross_entropy", "smoothing over the padding", "dloss * (smoothing / V)", "dloss * (smoothing / Vp)",
            "smoothing"),
     Mutant("cross_entropy", "gradient times 1.02", "scale = dloss *", "scale = 1.02 * dloss *", "odd"),
