@@ -7,6 +7,7 @@ keys besides the diagonal's: all as in the reference. Documents become sequences
 import torch
 from torch import Tensor
 
+from tritium.kernels.attention.reference import check_options
 from tritium.kernels.op import KernelError
 from tritium.kernels.site import Site
 
@@ -28,6 +29,7 @@ def attention(
     """See the reference. ``seq_start`` is what ``prepare`` made of it; ``dropout`` must be 0."""
     import flash_attn
 
+    check_options(softcap, dropout)
     if dropout > 0.0:
         raise KernelError(_DROPOUT)
     options = {

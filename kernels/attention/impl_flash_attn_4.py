@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritium.kernels.attention.impl_flash_attn import prepare
+from tritium.kernels.attention.reference import check_options
 from tritium.kernels.op import KernelError
 from tritium.kernels.site import Site
 
@@ -32,6 +33,7 @@ def attention(
     """See the reference. ``seq_start`` is what ``prepare`` made of it; ``dropout`` must be 0."""
     from flash_attn import cute
 
+    check_options(softcap, dropout)
     if dropout > 0.0:
         raise KernelError(_DROPOUT)
     options = {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from tritium.kernels.attention.reference import check_options
 from tritium.kernels.site import Site
 
 BLOCK = 128
@@ -32,6 +33,7 @@ def attention(
     seed: Tensor | None = None,
 ) -> Tensor:
     """See the reference. ``dropout`` must be 0."""
+    check_options(softcap, dropout)
     Tq, H, Tk, G = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     mask = _block_mask(Tq, Tk, seq_start, causal, window, q.device)
     y = flex_attention(

@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 
+from tritium.kernels.attention.reference import check_options
 from tritium.kernels.autograd import differentiable
 from tritium.kernels.lib import native
 from tritium.kernels.site import Site
@@ -34,8 +35,11 @@ _forward = native.Function("attention_forward", "i pppp p ifff pp pl i")
 _backward = native.Function("attention_backward", "i pppp p ifff pp plll ppp pl i")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, dropout: float) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, softcap: float, dropout: float
+) -> None:
     """Refuse what the C++ side would misread."""
+    check_options(softcap, dropout)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype not in native.DTYPES or tensor.device.type != "cpu":
             raise TypeError(
@@ -56,8 +60,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tens
             f"attention takes seq_start as integers of shape (B, Tq) = ({B}, {Tq}); it is {seq_start.dtype} of shape "
             f"{tuple(seq_start.shape)}"
         )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"attention takes a dropout in [0, 1); it is {dropout}")
     if dropout > 0 and seed is None:
         raise ValueError("attention with dropout needs a seed tensor, or the result could not be repeated")
 
@@ -97,7 +99,7 @@ def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None,
     causal: bool, scale: float, window: int, softcap: float, dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check(q, k, v, seq_start, seed, dropout)
+    _check(q, k, v, seq_start, seed, softcap, dropout)
     q, k, v, starts = _unit(q), _unit(k), _unit(v), _starts(seq_start)
     B, Tq, H, _ = q.shape
     y = torch.empty(q.shape, dtype=q.dtype)

@@ -48,6 +48,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritium.kernels.attention.reference import check_options
 from tritium.kernels.autograd import differentiable
 from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.lib.triton_math import LN2, LOG2E, tanh
@@ -645,7 +646,7 @@ def forward(
     causal: bool, scale: float, window: int, softcap: float, dropout: float, natural: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, lse in base 2, +∞ for blind rows); ``natural`` (B, H, Tq) fp32 is filled with attention_lse's lse."""
-    _check(q, k, v, seq_start, seed, dropout)
+    _check(q, k, v, seq_start, seed, softcap, dropout)
     q, k, v = _dense(q), _dense(k), _dense(v)
     B, Tq, H, D = q.shape
     Tk, G = k.shape[1], k.shape[2]
@@ -712,8 +713,11 @@ def allocate_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     return dq, dk, dv
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, dropout: float) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tensor | None, softcap: float, dropout: float
+) -> None:
     launch.require_dtype("attention", q=q, k=k, v=v)
+    check_options(softcap, dropout)
     B, Tq, H, D = q.shape
     G = k.shape[2]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D or (H % G if G else H):
@@ -727,8 +731,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seq_start: Tensor | None, seed: Tens
         raise ValueError(f"attention in Triton: {reason}")
     if seq_start is not None and seq_start.shape != (B, Tq):
         raise ValueError(f"attention takes seq_start of shape (B, Tq) = ({B}, {Tq}); it is {tuple(seq_start.shape)}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"attention takes a dropout in [0, 1); it is {dropout}")
     if dropout > 0 and seed is None:
         raise ValueError("attention with dropout needs a seed tensor, or the result could not be repeated")
 

@@ -35,6 +35,7 @@ def attention(
     dropout: probability of dropping an attention weight, with ``seed`` () int64 on the device: a call is repeatable.
     Scores and softmax are computed in fp32 (fp64 for fp64 input).
     """
+    check_options(softcap, dropout)
     B, Tq, H, D = q.shape
     scores, hidden = masked_scores(q, k, seq_start, causal, scale, window, softcap)
     weights = visible_softmax(scores, hidden)
@@ -88,3 +89,17 @@ def keep_mask(shape: torch.Size, dropout: float, seed: Tensor) -> Tensor:
         x = ((x ^ (x >> 16)) * multiplier) & 0xFFFFFFFF
     x = x ^ (x >> 15)
     return (x >= int(dropout * 2**32)).reshape(shape)
+
+
+def check_options(softcap: float, dropout: float = 0.0) -> None:
+    """ValueError unless softcap is finite and not negative and dropout in [0, 1). Shared by the backends."""
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(
+            f"attention takes a finite softcap of at least 0, it is {softcap}: scores would be uncapped or NaN; "
+            "0 leaves it out"
+        )
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(
+            f"attention takes a dropout in [0, 1), it is {dropout}: what is kept is divided by 1 - dropout; "
+            "0 leaves it out"
+        )

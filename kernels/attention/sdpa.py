@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tritium.kernels.attention.reference import check_options
 from tritium.kernels.op import KernelError
 from tritium.kernels.site import Site
 
@@ -38,6 +39,7 @@ def run(
     dropout: float,
 ) -> Tensor:
     """attention by torch's kernel ``kernel`` ("flash", "efficient", "cudnn"), or by torch's own choice (None)."""
+    check_options(softcap, dropout)
     if softcap > 0.0 or dropout > 0.0:
         raise KernelError(_REFUSALS["softcap" if softcap > 0.0 else "dropout"])
     H, G, Tq, Tk = q.shape[2], k.shape[2], q.shape[1], k.shape[1]

@@ -11,7 +11,7 @@ devices. Shapes, and which query sees which key: as attention.
 import torch
 from torch import Tensor
 
-from tritium.kernels.attention.reference import masked_scores, visible_softmax
+from tritium.kernels.attention.reference import check_options, masked_scores, visible_softmax
 
 
 def attention_lse(
@@ -29,6 +29,7 @@ def attention_lse(
     lse is the natural logarithm of Σ exp score over the keys that a query sees, of the scores after scale and softcap;
     -∞ for one that sees none, which then has no gradient, whatever comes back for its lse. The options are attention's.
     """
+    check_options(softcap)
     B, Tq, H, D = q.shape
     scores, hidden = masked_scores(q, k, seq_start, causal, scale, window, softcap)
     weights = visible_softmax(scores, hidden)

@@ -8,7 +8,7 @@ those are fp16.
 import torch
 from torch import Tensor
 
-from tritium.kernels.cross_entropy.reference import check_reduction, reduce
+from tritium.kernels.cross_entropy.reference import check_options, check_reduction, reduce
 from tritium.kernels.lib import nvidia_apex
 from tritium.kernels.site import Site
 
@@ -29,6 +29,7 @@ def cross_entropy(
     from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
 
     check_reduction(reduction)
+    check_options(label_smoothing, z_loss, softcap)
     counted = targets != ignore_index
     labels = torch.where(counted, targets, 0)
     real = logits[:, :vocab_size].contiguous()

@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from tritium.kernels.cross_entropy.reference import check_reduction, reduce
+from tritium.kernels.cross_entropy.reference import check_options, check_reduction, reduce
 from tritium.kernels.site import Site, triton_unavailable
 
 UNPROVEN = "never run on a GPU: only its calls have been checked, against flash-attn 2.8.3's signatures"
@@ -23,6 +23,7 @@ def cross_entropy(
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
     check_reduction(reduction)
+    check_options(label_smoothing, z_loss, softcap)
     losses, _ = cross_entropy_loss(
         logits[:, :vocab_size],
         targets,

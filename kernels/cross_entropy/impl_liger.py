@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tritium.kernels.cross_entropy.reference import check_reduction, reduce
+from tritium.kernels.cross_entropy.reference import check_options, check_reduction, reduce
 from tritium.kernels.lib import liger
 from tritium.kernels.site import Site
 
@@ -24,6 +24,7 @@ def cross_entropy(
     from liger_kernel.ops import LigerCrossEntropyFunction
 
     check_reduction(reduction)
+    check_options(label_smoothing, z_loss, softcap)
     real = logits[:, :vocab_size].clone(memory_format=torch.contiguous_format)
     losses, *_ = LigerCrossEntropyFunction.apply(
         real, targets, None, ignore_index, z_loss, label_smoothing, "none", softcap or None, False, False, False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritium.kernels.autograd import differentiable
-from tritium.kernels.cross_entropy.reference import check_reduction, reduce
+from tritium.kernels.cross_entropy.reference import check_options, check_reduction, reduce
 from tritium.kernels.lib import native
 from tritium.kernels.site import Site
 
@@ -27,8 +27,10 @@ def _operands(rows: Tensor, targets: Tensor) -> tuple[int, ...]:
     return native.DTYPES[rows.dtype], rows.data_ptr(), rows.stride(0), targets.data_ptr(), *rows.shape
 
 
-def _check(logits: Tensor, targets: Tensor, vocab_size: int) -> None:
+def _check(logits: Tensor, targets: Tensor, options: Options) -> None:
     """Refuse what the C++ side would misread. logits (N, Vp), targets (N,)."""
+    vocab_size = options[0]
+    check_options(*options[2:])
     if logits.dtype not in native.DTYPES or logits.device.type != "cpu":
         raise TypeError(
             "cross_entropy native computes float32 and bfloat16 on the CPU; "
@@ -62,7 +64,7 @@ def losses_in_place(logits: Tensor, targets: Tensor, options: Options, first_row
 
     For linear_cross_entropy. first_row: the number of row 0 in the caller's batch, for the error message.
     """
-    _check(logits, targets, options[0])
+    _check(logits, targets, options)
     targets = targets.to(torch.int64).contiguous()
     losses = torch.empty(targets.shape, dtype=torch.float32)
     bad = _in_place(*_operands(logits, targets), *options, losses.data_ptr(), torch.get_num_threads())
@@ -72,7 +74,7 @@ def losses_in_place(logits: Tensor, targets: Tensor, options: Options, first_row
 
 def losses_and_lse(logits: Tensor, targets: Tensor, options: Options, first_row: int = 0) -> tuple[Tensor, Tensor]:
     """Row losses and lse, each (N,) fp32, without autograd. first_row as in losses_in_place."""
-    _check(logits, targets, options[0])
+    _check(logits, targets, options)
     rows, targets = native.rows(logits), targets.to(torch.int64).contiguous()
     losses = torch.empty(targets.shape, dtype=torch.float32)
     lse = torch.empty_like(losses)

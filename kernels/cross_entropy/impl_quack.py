@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from tritium.kernels.cross_entropy.reference import check_reduction, reduce
+from tritium.kernels.cross_entropy.reference import check_options, check_reduction, reduce
 from tritium.kernels.lib import quack
 from tritium.kernels.op import KernelError
 from tritium.kernels.site import Site
@@ -24,6 +24,7 @@ def cross_entropy(
     from quack import cross_entropy as losses_of
 
     check_reduction(reduction)
+    check_options(label_smoothing, z_loss, softcap)
     for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("softcap", softcap)):
         if value:
             raise KernelError(_lacks(name))

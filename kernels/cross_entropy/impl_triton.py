@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tritium.kernels.autograd import bypass, differentiable
-from tritium.kernels.cross_entropy.reference import check_reduction, counted_rows, reduce
+from tritium.kernels.cross_entropy.reference import check_options, check_reduction, counted_rows, reduce
 from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.lib.triton_math import LN2, LOG2E, tanh
 from tritium.kernels.site import Site
@@ -258,7 +258,7 @@ def _launch_forward(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     launch.require_dtype("cross_entropy", logits=logits)
-    check(logits.shape[0], logits.shape[1], targets, vocab_size)
+    check(logits.shape[0], logits.shape[1], targets, vocab_size, label_smoothing, z_loss, softcap)
     logits = launch.unit_stride(logits)
     N = logits.shape[0]
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
@@ -330,7 +330,7 @@ def _launch_one_pass(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(loss (), dlogits (N, Vp) for an upstream gradient of one)."""
     launch.require_dtype("cross_entropy", logits=logits)
-    check(logits.shape[0], logits.shape[1], targets, vocab_size)
+    check(logits.shape[0], logits.shape[1], targets, vocab_size, label_smoothing, z_loss, softcap)
     logits = launch.unit_stride(logits)
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -354,8 +354,11 @@ def _launch_scale(dlogits: Tensor, factor: Tensor) -> None:
             )  # fmt: skip
 
 
-def check(rows: int, columns: int, targets: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless ``targets`` and ``vocab_size`` fit logits of that shape."""
+def check(
+    rows: int, columns: int, targets: Tensor, vocab_size: int, label_smoothing: float, z_loss: float, softcap: float
+) -> None:
+    """Raise ValueError unless ``targets`` and ``vocab_size`` fit logits of that shape, and the options are in range."""
+    check_options(label_smoothing, z_loss, softcap)
     if not 1 <= vocab_size <= columns:
         raise ValueError(
             f"cross_entropy needs 1 ≤ vocab_size ≤ columns of the logits; they are {vocab_size} and {columns}"

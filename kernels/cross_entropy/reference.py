@@ -7,6 +7,8 @@ loss, gradient zero), lse = log Σ exp z, V = vocab_size, ε = label_smoothing:
 those whose target is not ignore_index, and is 0 when there is none.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,12 @@ def cross_entropy(
     reduction: str = "none",
 ) -> Tensor:
     """logits (N, Vp) with Vp ≥ vocab_size, targets (N,) int64 in [0, vocab_size) or ignore_index → losses (N,), or ()
-    for the reductions "sum" and "mean"; another reduction is a ValueError.
+    for the reductions "sum" and "mean"; another reduction is a ValueError, and so is an option out of its range.
 
     Losses are fp32 (fp64 for fp64). softcap c > 0 replaces a logit z by c·tanh(z/c).
     """
     check_reduction(reduction)
+    check_options(label_smoothing, z_loss, softcap)
     z = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     if softcap > 0.0:
         z = softcap * torch.tanh(z / softcap)
@@ -58,3 +61,19 @@ def counted_rows(targets: Tensor, ignore_index: int) -> Tensor:
 def check_reduction(reduction: str) -> None:
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"cross_entropy: reduction must be 'none', 'sum' or 'mean', not {reduction!r}")
+
+
+def check_options(label_smoothing: float, z_loss: float, softcap: float) -> None:
+    """ValueError unless label_smoothing is in [0, 1] and z_loss and softcap are finite and not negative. Shared by the
+    backends, which take an option that is not above 0 for one that is not there, forward or backward."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(
+            f"cross_entropy takes a label_smoothing in [0, 1], it is {label_smoothing}: the target's share would be "
+            "none of a distribution's; 0 leaves smoothing out"
+        )
+    for name, value in (("z_loss", z_loss), ("softcap", softcap)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(
+                f"cross_entropy takes a finite {name} of at least 0, it is {value}: loss and gradient would be of "
+                "different functions, or NaN; 0 leaves it out"
+            )

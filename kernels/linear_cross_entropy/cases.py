@@ -1,6 +1,7 @@
 """Cases of linear_cross_entropy. N rows · C width · V real vocabulary · Vp padded vocabulary (rows of the weight).
 
-Options: the op's own; master (True): the weight is fp32 whatever x is; ignored (0.0): the share of ignored rows.
+Options: the op's own; master (True): the weight is fp32 whatever x is; ignored (0.0): the share of ignored rows;
+spread (1.0): of the weight.
 """
 
 from typing import Any
@@ -28,6 +29,8 @@ CASES = (
     Case("z_loss", {"N": 7, "C": 8, "V": 20, "Vp": 24}, {"z_loss": 1e-2, "master": False}),
     Case("softcap", {"N": 7, "C": 8, "V": 20, "Vp": 24}, {"softcap": 10.0, "chunk": 3}),
     Case("only_smoothing", {"N": 7, "C": 8, "V": 20, "Vp": 24}, {"label_smoothing": 0.1}),
+    Case("large_z_loss", {"N": 7, "C": 8, "V": 20, "Vp": 24}, {"z_loss": 1.0, "spread": 10.0, "chunk": 3}),
+    Case("large_z_loss_softcap", {"N": 7, "C": 8, "V": 20, "Vp": 24}, {"z_loss": 1.0, "spread": 10.0, "softcap": 30.0}),
     Case("evaluation", {"N": 9, "C": 16, "V": 30, "Vp": 32}, {"with_grad": False}),
     Case("evaluation_same_dtype", {"N": 9, "C": 16, "V": 30, "Vp": 32}, {"with_grad": False, "master": False}),
     *(
@@ -40,7 +43,7 @@ CASES = (
       {"124m": 768, "350m": 1024, "774m": 1280, "1558m": 1600}.items()),
     Case("llama3_8b", {"N": 8192, "C": 4096, "V": 128256, "Vp": 128256}, large=True),
 )  # fmt: skip
-NOT_ARGUMENTS = ("ignored", "master")
+NOT_ARGUMENTS = ("ignored", "master", "spread")
 BANNED = {
     ("with_grad", "weights of another dtype"): "known by tensors that require a gradient, which without gradients none "
     "does; the case evaluation has such a weight",
@@ -51,7 +54,7 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int
     generator = torch.Generator().manual_seed(seed)
     N, C, V, Vp = (case.shape[letter] for letter in ("N", "C", "V", "Vp"))
     x = torch.randn(N, C, generator=generator)
-    weight = torch.randn(Vp, C, generator=generator) * (3.0 / C**0.5)
+    weight = torch.randn(Vp, C, generator=generator) * (3.0 * case.options.get("spread", 1.0) / C**0.5)
     with_grad = bool(case.options.get("with_grad", True))
     weight_dtype = torch.promote_types(dtype, torch.float32) if case.options.get("master", True) else dtype
     return {

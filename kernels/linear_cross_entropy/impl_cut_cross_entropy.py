@@ -7,6 +7,7 @@ the gradient whose softmax is small, is off: with it the gradient is another one
 import torch
 from torch import Tensor
 
+from tritium.kernels.cross_entropy.reference import check_options
 from tritium.kernels.op import KernelError
 from tritium.kernels.site import Site, triton_unavailable
 
@@ -28,6 +29,7 @@ def linear_cross_entropy(
     """See the reference. ``label_smoothing`` and ``z_loss`` must be 0; ``chunk`` means nothing here."""
     from cut_cross_entropy import linear_cross_entropy as loss_of
 
+    check_options(label_smoothing, z_loss, softcap)
     for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
         if value:
             raise KernelError(_lacks(name))

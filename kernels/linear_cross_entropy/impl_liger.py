@@ -6,6 +6,7 @@ Logits exist a chunk of rows at a time, and both gradients are made in the forwa
 import torch
 from torch import Tensor
 
+from tritium.kernels.cross_entropy.reference import check_options
 from tritium.kernels.lib import liger
 from tritium.kernels.site import Site
 
@@ -28,6 +29,7 @@ def linear_cross_entropy(
     x's dtype once."""
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
 
+    check_options(label_smoothing, z_loss, softcap)
     weight = weight[:vocab_size].to(x.dtype)
     if not with_grad:
         x, weight = x.detach(), weight.detach()

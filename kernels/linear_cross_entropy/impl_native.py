@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tritium.kernels.autograd import differentiable
 from tritium.kernels.cross_entropy.impl_native import losses_and_lse, losses_in_place
+from tritium.kernels.cross_entropy.reference import check_options
 from tritium.kernels.lib import native
 from tritium.kernels.site import Site
 
@@ -49,6 +50,7 @@ def _launch_forward(
             "linear_cross_entropy needs x (N, C), weight (V, C) and targets (N,); got "
             f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(targets.shape)}; flatten batch and time first"
         )
+    check_options(label_smoothing, z_loss, softcap)  # before the first GEMM, and where there are no rows too
     options = (vocab_size, ignore_index, label_smoothing, z_loss, softcap)
     narrow = weight.to(x.dtype)
     loss = torch.zeros((), dtype=torch.float64)

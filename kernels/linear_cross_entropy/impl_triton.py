@@ -18,6 +18,7 @@ written, read by two GEMMs) and dW twice per chunk, which is why chunks are larg
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from tritium.kernels.site import Site
 DETERMINISTIC = True
 # of logits: 5,300 rows of GPT-2's vocabulary in bf16, where the traffic of dW is below 7 % of the GEMMs' time
 CHUNK_BYTES = 512 * 2**20
-FP16_BOOST = 1024.0
+FP16_BOOST, FP16_LARGEST = 1024.0, 65504.0
 
 
 @triton.jit
@@ -66,6 +67,16 @@ def _scale_constants(tile: ScaleConfig) -> launch.Constants:
     return launch.constants(**tile._asdict())
 
 
+def boost(vocab_size: int, z_loss: float, softcap: float) -> float:
+    """How many times as large as it is E is kept in fp16, whose numbers reach down to 6e-8 only; a power of two.
+
+    |E| ≤ 1 + 2ζ|lse|, and |lse| ≤ c + log V for logits within ±c: the softcap, or what fp16 holds. So that 1024 times E
+    stays finite without z_loss, and with one what is small is lifted less; of no logits the product overflows.
+    """
+    most = 1 + 2 * z_loss * ((softcap or FP16_LARGEST) + math.log(vocab_size))
+    return min(FP16_BOOST, 2.0 ** math.floor(math.log2(FP16_LARGEST / most)))
+
+
 def chunk_rows(N: int, Vp: int, itemsize: int) -> int:
     """Rows of a chunk: as many as CHUNK_BYTES hold, evened out over the chunks, a multiple of 128."""
     chunks = max(1, launch.cdiv(N * Vp * itemsize, CHUNK_BYTES))
@@ -77,7 +88,7 @@ def _launch_forward(
     z_loss: float,
     softcap: float, chunk: int, need_dx: bool, need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check(x, weight, targets, vocab_size)
+    _check(x, weight, targets, vocab_size, label_smoothing, z_loss, softcap)
     (N, C), Vp = x.shape, weight.shape[0]
     options = (vocab_size, ignore_index, label_smoothing, z_loss, softcap)
     w = weight.to(x.dtype)
@@ -85,8 +96,9 @@ def _launch_forward(
     dx = torch.empty((N, C) if need_dx else 0, dtype=torch.float32, device=x.device)
     dw = torch.empty((Vp, C) if need_dweight else 0, dtype=torch.float32, device=x.device)
     n = min(chunk or chunk_rows(N, Vp, x.element_size()), max(N, 1))
-    # E in fp16 is kept 2¹⁰ times as large, and dx and dW are until backward: its numbers reach down to 6e-8 only
-    upstream = torch.full((), FP16_BOOST, device=x.device) if x.dtype == torch.float16 else None
+    # E in fp16 is kept larger, and dx and dW are until backward
+    half = x.dtype == torch.float16
+    upstream = torch.full((), boost(vocab_size, z_loss, softcap), device=x.device) if half else None
     buffer = torch.empty(n, Vp, dtype=x.dtype, device=x.device)
     for first in range(0, N, n):
         part = (x, targets, losses, dx, buffer)
@@ -122,10 +134,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 
 def _launch_backward(
-    dloss: Tensor, dx: Tensor, dweight: Tensor, x_dtype: torch.dtype, weight_dtype: torch.dtype
+    dloss: Tensor, dx: Tensor, dweight: Tensor, x_dtype: torch.dtype, weight_dtype: torch.dtype, lifted: float
 ) -> tuple[Tensor, Tensor]:
-    if x_dtype == torch.float16:
-        dloss = dloss / FP16_BOOST
+    if lifted != 1:
+        dloss = dloss / lifted
     return _scaled(dx, dloss, x_dtype), _scaled(dweight, dloss, weight_dtype)
 
 
@@ -141,17 +153,25 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def _check(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
+def _check(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, label_smoothing: float, z_loss: float, softcap: float
+) -> None:
     launch.require_dtype("linear_cross_entropy", x=x, weight=weight)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             "linear_cross_entropy takes x (N, C) and weight (Vp, C) of one width; "
             f"they are {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    cross_entropy.check(x.shape[0], weight.shape[0], targets, vocab_size)
+    cross_entropy.check(x.shape[0], weight.shape[0], targets, vocab_size, label_smoothing, z_loss, softcap)
 
 
 # ------------------------------------------------------------------------------------------------------------- autograd
+
+
+def _save(args: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    x, weight, vocab_size, z_loss, softcap = args[0], args[1], args[3], args[6], args[7]
+    lifted = boost(vocab_size, z_loss, softcap) if x.dtype == torch.float16 else 1.0
+    return results[1], results[2], x.dtype, weight.dtype, lifted
 
 
 def _fake_forward(
@@ -165,7 +185,7 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dloss: Tensor, dx: Tensor, dweight: Tensor, x_dtype: torch.dtype, weight_dtype: torch.dtype
+    dloss: Tensor, dx: Tensor, dweight: Tensor, x_dtype: torch.dtype, weight_dtype: torch.dtype, lifted: float
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(dx, dtype=x_dtype), torch.empty_like(dweight, dtype=weight_dtype)
 
@@ -184,7 +204,7 @@ _linear_cross_entropy = differentiable(
     backward=_launch_backward,
     fake_forward=_fake_forward,
     fake_backward=_fake_backward,
-    save=lambda args, results: (results[1], results[2], args[0].dtype, args[1].dtype),
+    save=_save,
     gradients=(0, 1),
     flops=_flops,
     flops_backward=lambda *args, **kwargs: 0,

@@ -1,12 +1,14 @@
 """The full product of every op's shapes and options, and the tally of what came out: `make test-full` runs it.
 
-python tests/kernels_interpreted/products.py        write docs/contract.md from build/tally.json
+python tests/kernels_interpreted/products.py        write docs/contract.md from build/tally.json and its rows of before
 """
 
+import fcntl
 import itertools
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -116,9 +118,10 @@ def commit() -> str:
 PRODUCT = "product of options"
 ABOUT = """\
 Written by `python tests/kernels_interpreted/products.py` from what `make test-full` left in build/tally.json; that
-file says what is multiplied. Every row: Triton's interpreter, fp32, bf16 and fp16 (bf16 as mended by the tests), held
-to docs/numerics.md. *cases* are those of the op's `cases.py`, with three seeds and in every layout. The bound's use is
-that of the worst tensor: 1 would be red. *commit* is that of the kernels; a + says that they were being changed."""
+file says what is multiplied. A row that the tally has none of stays as it was. Every row: Triton's interpreter, fp32,
+bf16 and fp16 (bf16 as mended by the tests), held to docs/numerics.md. *cases* are those of the op's `cases.py`, with
+three seeds and in every layout. The bound's use is that of the worst tensor: 1 would be red. *commit* is that of the
+kernels; a + says that they were being changed."""
 
 
 class Tally:
@@ -126,7 +129,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, dict[str, float]]] = {}
-        self.began, self.commit = time.time(), commit()
+        self.commit = commit()
 
     def count(self, kind: str, report) -> None:
         row = self.rows.setdefault(kind, {}).setdefault(
@@ -140,21 +143,49 @@ class Tally:
         assert report.ok, report
 
     def write(self) -> None:
-        """Add to build/tally.json, a row in the place of an older one of its op."""
+        """Add to build/tally.json, a row in the place of an older one of its op. Runs side by side wait for each other
+        here."""
         import triton
 
         about = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
-        before = json.loads(TALLY.read_text()) if TALLY.exists() else {}
-        if {k: before.get(k) for k in about} != about:
-            before = {}
-        rows, today = before.get("rows", {}), time.strftime("%Y-%m-%d")
-        for kind, found in self.rows.items():
-            rows[kind] = rows.get(kind, {}) | {
-                name: {**row, "date": today, "commit": self.commit} for name, row in found.items()
-            }
-        minutes = before.get("minutes", 0) + round((time.time() - self.began) / 60)
+        today = time.strftime("%Y-%m-%d")
+        found = {
+            kind: {name: {**row, "date": today, "commit": self.commit} for name, row in rows.items()}
+            for kind, rows in self.rows.items()
+        }
         TALLY.parent.mkdir(exist_ok=True)
-        TALLY.write_text(json.dumps({**about, "minutes": minutes, "rows": rows}, indent=1))
+        with TALLY.open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            text = file.read()
+            tally = over(json.loads(text) if text else {}, {**about, "rows": found})
+            file.truncate(0)
+            file.write(json.dumps(tally, indent=1))
+
+
+def over(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, object]:
+    """``now``, and the rows of ``before`` that it has no newer ones of; none of another Triton or torch."""
+    if any(before.get(package) != now[package] for package in ("triton", "torch")):
+        return dict(now)
+    kinds = dict.fromkeys([*before["rows"], *now["rows"]])
+    return {**now, "rows": {kind: before["rows"].get(kind, {}) | now["rows"].get(kind, {}) for kind in kinds}}
+
+
+def read(page: str) -> dict[str, object]:
+    """What a page was written from."""
+    about: dict[str, object] = {"rows": {}}
+    if versions := re.search(r"^triton (\S+), torch (\S+)\.$", page, re.M):
+        about |= {"triton": versions[1], "torch": versions[2]}
+    rows: dict[str, dict[str, object]] = {}
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else []
+        if cells[1:2] == ["checked"]:
+            rows = about["rows"][cells[0]] = {}
+        elif cells and cells[0] in ops.OPS:
+            checked, passed, refused = (int(cell.split()[0]) for cell in cells[1:4])
+            rows[cells[0]] = {"checked": checked, "passed": passed, "refused": refused,
+                              "worst": float(cells[5]), "date": cells[6], "commit": cells[7]}  # fmt: skip
+    return about
 
 
 def page(about: Mapping[str, object]) -> str:
@@ -164,7 +195,7 @@ def page(about: Mapping[str, object]) -> str:
         "",
         *ABOUT.splitlines(),
         "",
-        f"triton {about['triton']}, torch {about['torch']}, {about['minutes']} minutes.",
+        f"triton {about['triton']}, torch {about['torch']}.",
         "",
     ]
     for kind, rows in about["rows"].items():
@@ -190,5 +221,5 @@ def page(about: Mapping[str, object]) -> str:
 if __name__ == "__main__":
     if not TALLY.exists():
         sys.exit(f"{TALLY} is not there; make test-full writes it")
-    PAGE.write_text(page(json.loads(TALLY.read_text())))
+    PAGE.write_text(page(over(read(PAGE.read_text()), json.loads(TALLY.read_text()))))
     print(f"wrote {PAGE}")

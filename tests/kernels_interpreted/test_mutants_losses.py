@@ -1,6 +1,7 @@
 """Planted faults in the losses kernels."""
 
 import pytest
+import torch
 from mutation import Mutant, assert_green, assert_red
 
 MUTANTS = [
@@ -29,6 +30,11 @@ MUTANTS = [
     Mutant("cross_entropy", "-∞ taken for the row's maximum", "tl.full((), -3.4028234663852886e38, tl.float32)",
            'tl.full((), float("-inf"), tl.float32)', "first_tile_minus_infinity"),
     Mutant("linear_cross_entropy", "gradient of weight not accumulated", "if add:", "if False:", "chunks"),
+    Mutant("linear_cross_entropy", "fp16 lifted as if there were no z_loss", "most = 1 + 2 * z_loss *",
+           "most = 1 + 0 * z_loss *", "large_z_loss", torch.float16),
+    Mutant("linear_cross_entropy", "fp16 lifted and let down by different factors",
+           "lifted = boost(vocab_size, z_loss, softcap)", "lifted = boost(vocab_size, 0.0, softcap)",
+           "large_z_loss_softcap", torch.float16),
     Mutant("linear_cross_entropy", "last chunk dropped", "in range(0, N, n):", "in range(0, N // n * n, n):", "chunks"),
     Mutant("linear_cross_entropy", "upstream gradient forgotten", "x * tl.load(FACTOR).to(tl.float32)", "x", "tiny"),
     Mutant("linear_cross_entropy", "upstream gradient in bf16", "factor, y, x.numel()",

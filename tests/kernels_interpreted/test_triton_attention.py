@@ -345,6 +345,28 @@ def test_a_scale_that_is_no_number_is_refused(scale):
         attention.attention(q, q, q, scale=scale)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton", "native", "sdpa", "sdpa_flash", "flex"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        *(({"softcap": value}, "a finite softcap of at least 0") for value in (-1.0, math.nan, math.inf)),
+        *(({"dropout": value}, r"a dropout in \[0, 1\)") for value in (-0.1, 1.0, 1.5, math.nan)),
+    ],
+)
+def test_a_softcap_or_dropout_out_of_its_range_is_refused(options, words, backend):
+    q = torch.zeros(1, 2, 1, 16)
+    (value,) = options.values()
+    names = (
+        ["attention"]
+        if "dropout" in options or backend not in ("reference", "triton")
+        else ["attention", "attention_lse"]
+    )
+    for name in names:
+        more = {"seed": torch.tensor(1)} if "dropout" in options else {}
+        with pytest.raises(ValueError, match=f"{words}.*it is {value}: .*; 0 leaves it out"):
+            ops.OPS[name].load(backend).function(q, q, q, **options, **more)
+
+
 @pytest.mark.parametrize("op", ["attention", "attention_lse"])
 @pytest.mark.parametrize("begins", [64, 65, 200])
 def test_padding_whose_document_never_starts_sees_nothing_and_reaches_no_key(op, begins):

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from tritium.kernels import ops
+from tritium.kernels import contract, ops
+from tritium.kernels.case import Case
 from tritium.kernels.cross_entropy import impl_triton as cross_entropy
 from tritium.kernels.linear_cross_entropy import impl_triton as linear_cross_entropy
 
@@ -83,3 +84,74 @@ def test_an_infinite_upstream_gradient_leaves_ignored_rows_and_padding_of_the_he
         assert (got[got.isfinite()] == 0).all()
     assert found[1][0].isfinite().sum() == 2 * 8
     assert found[1][1].isfinite().sum() == 4 * 8
+
+
+# ----------------------------------------------------------------------------------------- fp16's gradients with z_loss
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4, 1e-2, 1.0, 50.0])
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_what_fp16_is_lifted_by_keeps_the_largest_gradient_in_its_range(softcap, z_loss):
+    lifted = linear_cross_entropy.boost(50257, z_loss, softcap)
+    lse = (softcap or 65504.0) + math.log(50257)
+    assert lifted * (1 + 2 * z_loss * lse) <= 65504
+    assert lifted == 1024 or 2 * lifted * (1 + 2 * z_loss * lse) > 65504
+    assert math.frexp(lifted)[0] == 0.5
+    if not z_loss or (z_loss, softcap) == (1e-4, 30.0):
+        assert lifted == 1024
+
+
+@pytest.mark.parametrize("z_loss", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("size", [300.0, 6e4])
+def test_no_logits_of_fp16_overflow_the_gradients_of_the_head(size, z_loss):
+    """Rows whose largest logit is ``size``, and whose lse is."""
+    x, weight = torch.eye(4, 8).half(), torch.randn(16, 8)
+    weight[:4, :4] = torch.eye(4) * size
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    upstream = torch.tensor(1 / (2 * z_loss * size + 1))  # so that the result is in fp16's range
+    options = {"targets": torch.tensor([0, 5, 2, 7]), "vocab_size": 15, "z_loss": z_loss}
+    found = torch.autograd.grad(linear_cross_entropy.linear_cross_entropy(*leaves, **options), leaves, upstream)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    want = torch.autograd.grad(ops.linear_cross_entropy.reference(*wide, **options), wide, upstream.double())
+    for got, exact in zip(found, want, strict=True):
+        assert (got - exact).abs().max() < 4e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["large_z_loss", "large_z_loss_softcap"])
+def test_a_large_z_loss_keeps_the_contract_in_fp16(name):
+    (case,) = (c for c in ops.linear_cross_entropy.cases.CASES if c.name == name)
+    for dtype in (torch.float16, torch.bfloat16):
+        report = contract.check(ops.linear_cross_entropy, "triton", case, dtype)
+        assert report.ok, report
+
+
+# ------------------------------------------------------------------------------------------------------ refused options
+
+SHAPES = {"N": 2, "C": 4, "V": 5, "Vp": 5}
+WRONG = {
+    **{("label_smoothing", value): r"a label_smoothing in \[0, 1\]" for value in (-0.1, 1.1, math.nan)},
+    **{("z_loss", value): "a finite z_loss of at least 0" for value in (-1e-3, math.nan, math.inf)},
+    **{("softcap", value): "a finite softcap of at least 0" for value in (-1.0, math.nan, math.inf)},
+}
+
+
+@pytest.mark.parametrize("rows", [2, 0])
+@pytest.mark.parametrize("backend", ["reference", "triton", "native"])
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize(("option", "value"), WRONG)
+def test_an_option_out_of_its_range_is_refused(option, value, name, backend, rows):
+    op = ops.OPS[name]
+    arguments = op.cases.inputs(Case("wrong", {**SHAPES, "N": rows}, {option: value}), torch.float32, "cpu", 0)
+    function = op.load(backend).function
+    with pytest.raises(ValueError, match=f"{WRONG[option, value]}.*it is {value}: .*; 0 leaves"):
+        function(**arguments)
+    for edge in (0.0, 1.0):
+        function(**{**arguments, option: edge})
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_reduced_loss_refuses_it_too(reduction):
+    logits = torch.randn(2, 5, requires_grad=True)
+    for option, value in WRONG:
+        with pytest.raises(ValueError, match=WRONG[option, value]):
+            cross_entropy.cross_entropy(logits, torch.tensor([1, 2]), 5, reduction=reduction, **{option: value})
