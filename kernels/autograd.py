@@ -8,12 +8,14 @@ counters, selective checkpointing, and tensor subclasses.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.library import CustomOpDef
 
 NAMESPACE = "tritium"
 _SIMPLE = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
@@ -58,8 +60,8 @@ def differentiable(
     """Build a callable with autograd from a forward and a backward over plain tensors. It takes positional arguments.
 
     name: "layer_norm_triton" registers ``tritium::layer_norm_triton`` and ``..._backward``.
-    forward(*args) -> results: a tuple; the first ``outputs`` are what the caller gets, the rest (mean, lse, ...) only
-        feed backward.
+    forward(*args) -> results: a tuple, annotated ``tuple[Tensor, ...]`` with every result; the first ``outputs`` are
+        what the caller gets, the rest (mean, lse, ...) only feed backward. Likewise backward.
     save(args, results) -> values that backward needs: tensors and None first, then constants.
     backward(*grads_of_outputs, *values) -> one tensor for each entry of ``gradients``: the position in ``args`` it
         belongs to, or a tuple of positions that share it (the two sides of an addition). A gradient that nobody needs
@@ -70,10 +72,8 @@ def differentiable(
     fake_*: same signatures, allocate only. flops*: torch.utils.flop_counter formulas, called with shapes for tensors.
     Works once: the returned gradient is not itself differentiable.
     """
-    forward_op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
-    forward_op.register_fake(fake_forward)
-    backward_op = torch.library.custom_op(f"{NAMESPACE}::{name}_backward", backward, mutates_args=())
-    backward_op.register_fake(fake_backward)
+    forward_op, run_forward = _register(name, forward, fake_forward)
+    _, run_backward = _register(f"{name}_backward", backward, fake_backward)
     places = tuple((position,) if isinstance(position, int) else tuple(position) for position in gradients)
 
     # What follows runs at every eager call, beside kernels of some 10 µs: it is written for few steps.
@@ -101,7 +101,8 @@ def differentiable(
         return tuple(result)
 
     # the op's context, unlike Eager's, has the results that only feed backward: no zeros are to be made for those
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        output = (output,) if isinstance(output, Tensor) else output
         ctx.set_materialize_grads(False)
         ctx.grad_shapes = [(r.shape, r.dtype, r.device) for r in output[:outputs]]
         if any(isinstance(value, Tensor) for value in stash(ctx, inputs, output)):
@@ -112,7 +113,7 @@ def differentiable(
             raise RuntimeError(
                 f"{name}: a gradient of its gradient was asked for, and it has none (it works once); choose reference"
             )
-        run = backward if backward_fuses else backward_op
+        run = backward if backward_fuses else run_backward
         wanted = [  # zeros for an output that the loss does not use
             torch.zeros(s, dtype=t, device=d) if g is None else g
             for g, (s, t, d) in zip(grads, ctx.grad_shapes, strict=False)
@@ -153,7 +154,7 @@ def differentiable(
                     f"{name} has a forward and a backward and no rule for torch.func's transforms, and one is at work "
                     "(grad, vmap, jvp, ...); use torch.autograd, or choose reference"
                 )
-            results = forward_op(*args)
+            results = run_forward(*args)
         elif torch.is_grad_enabled():
             return apply(*args)
         else:
@@ -162,6 +163,31 @@ def differentiable(
 
     call.__name__ = name
     return call
+
+
+def _register(
+    name: str, function: Callable[..., tuple[Tensor, ...]], fake: Callable[..., tuple[Tensor, ...]]
+) -> tuple[CustomOpDef, Callable[..., tuple[Tensor, ...]]]:
+    """The library's op of a function that returns a tuple of tensors, and how to call it for that tuple.
+
+    A single result is a bare Tensor there: a tuple of one would be a list to the library, ``-> ((Tensor))``, and torch
+    takes every symbolic size of a list's tensors for a constant: a compiled model would be compiled for every shape.
+    """
+    schema = torch.library.infer_schema(function, mutates_args=())
+    single = re.sub(r"-> \(+Tensor\)+$", "-> Tensor", schema)
+    if schema.endswith("-> Tensor"):
+        raise TypeError(
+            f"{name}: the function is annotated to return a Tensor; return (result,), and write tuple[Tensor]"
+        )
+    if single == schema:
+        op = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
+        op.register_fake(fake)
+        return op, op
+    op = torch.library.custom_op(
+        f"{NAMESPACE}::{name}", lambda *args: function(*args)[0], mutates_args=(), schema=single
+    )
+    op.register_fake(lambda *args: fake(*args)[0])
+    return op, lambda *args: (op(*args),)
 
 
 def _register_flops(name: str, formula: Callable[..., int]) -> None:

@@ -364,3 +364,26 @@ def test_an_update_under_fake_tensors_touches_nothing():
         p = mode.from_tensor(torch.zeros(3))
         assert update([p], [], torch.tensor(1.0), 1.0) is None
     assert calls == []
+
+
+def test_a_single_result_is_no_list_to_the_library():
+    """Whose tensors' sizes torch takes for constants (tests/kernels/test_dynamic_shapes.py)."""
+    for name in ("test_add", "test_add_backward", "test_one_backward"):
+        assert str(getattr(torch.ops.tritium, name).default._schema).endswith("-> Tensor"), name
+    assert str(torch.ops.tritium.test_one.default._schema).endswith("-> (Tensor, Tensor)")
+
+
+def test_a_bare_result_is_refused():
+    def bare(x: Tensor) -> Tensor:
+        return 2 * x
+
+    with pytest.raises(TypeError, match=r"test_bare: .* write tuple\[Tensor\]"):
+        differentiable(
+            "test_bare",
+            forward=bare,
+            backward=bare,
+            fake_forward=bare,
+            fake_backward=bare,
+            save=lambda *_: (),
+            gradients=(0,),
+        )
