@@ -78,7 +78,10 @@ HOST = re.compile(
 )
 ELEMENTWISE = re.compile(r"^aten::|^graph_\d+_|^triton_|elementwise|vectorized|reduce_kernel|fused_|[Mm]em(cpy|set)")
 LAUNCH = re.compile(r"^(cuda|cu|hip)[A-Z]")  # the host's calls of the device's runtime and driver
-RANGES = {"tritium::data": "data wait", "tritium::to_device": "host to device", "tritium::optimizer": "optimizer"}
+RANGES = {
+    "tritium::data": "data wait", "tritium::to_device": "host to device", "tritium::optimizer": "optimizer",
+    "tritium::communication": "communication",  # with the packing of what is sent, and, on a CPU, the wait for it
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -258,10 +261,16 @@ def _nothing() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _marked(training: Training) -> Iterator[None]:
     """Every call site inside a range of its op's name, where nothing is compiled (a compiled graph does not see them);
-    the optimizer's always."""
+    the optimizer's and the processes' communication always."""
     import torch
 
+    from tritium.engine.parallel import World
     from tritium.kernels.op import call_sites
+
+    class Marked(World):
+        def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
+            with torch.profiler.record_function("tritium::communication"):
+                super().sum_(tensors)
 
     engine = training.engine
     holders = [engine.optimizer] if engine.compiled else [engine.model, engine.optimizer]
@@ -277,11 +286,14 @@ def _marked(training: Training) -> Iterator[None]:
 
     step = engine.optimizer.step
     engine.optimizer.step = marked(step, "tritium::optimizer")  # type: ignore[method-assign]
+    world = training.world
+    training.world = Marked(world.rank, world.size, world.device)
     for site in sites:
         site.function = marked(site.function, f"tritium::op::{site.op.name}")
     try:
         yield
     finally:
+        training.world = world
         del engine.optimizer.step  # type: ignore[method-assign]
         for site, function in zip(sites, before, strict=True):
             site.function = function

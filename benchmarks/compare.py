@@ -170,7 +170,7 @@ def not_the_same(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         "kind": [r["kind"] for r in (a, b)],
         "preset": [r["preset"] for r in (a, b)],
         "device": [f"{r['machine']['name']}, {r['machine']['arch']}" for r in (a, b)],
-        **{f"settings.{k}": [s.get(k) for s in settings] for k in ("T", "B")},
+        **{f"settings.{k}": [s.get(k) for s in settings] for k in ("T", "B", "processes")},
     }
     shapes = [_object(s, "presets") for s in settings]  # a ladder's
     facts |= {f"settings.presets.{k}": [s[k] for s in shapes] for k in shapes[0] if k in shapes[1]}

@@ -29,12 +29,12 @@ PARTS = {
 
 
 class Training:
-    """An engine in training, one micro-batch a step."""
+    """An engine in training, one micro-batch a step, in this process or in every one of ``world``."""
 
-    def __init__(self, config: Config, device: str, B: int):
+    def __init__(self, config: Config, device: str, B: int, world: World | None = None):
         rows = dataclasses.replace(config.train, batch_rows=B, micro_rows=B)
         self.config = dataclasses.replace(config, train=rows)
-        self.world = World(device=torch.device(device))
+        self.world = world or World(device=torch.device(device))
         self.deterministic = train.is_deterministic(self.config, self.world.device)
         with self._settings():
             self.engine = train.build(self.config, self.world)
@@ -59,7 +59,7 @@ class Training:
 
     def step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Forward, backward, clip, AdamW, zero; returns the loss before the update, () fp32."""
-        self.inverse_count.fill_(1.0 / targets.numel())
+        self.inverse_count.fill_(1.0 / (targets.numel() * self.world.size))
         with self._settings():
             batch = MicroBatch(ids, targets)
             loss, _ = train_step(
@@ -68,9 +68,9 @@ class Training:
         return loss
 
 
-def build(config: Config, device: str = "cpu", B: int = 1) -> Training:
-    """The preset's own settings with B rows a step. KernelError when a kernel choice cannot be met."""
-    return Training(config, device, B)
+def build(config: Config, device: str = "cpu", B: int = 1, world: World | None = None) -> Training:
+    """The preset's own settings with B rows a step of each process. KernelError when a kernel choice cannot be met."""
+    return Training(config, device, B, world)
 
 
 def describe(training: Training) -> dict[str, Any]:

@@ -111,18 +111,29 @@ class WarmUp:
 
 
 def warm_up(
-    arm: Arm, *, window: int = 3, tolerance: float = 0.05, limit_runs: int = 30, limit_s: float = 120.0
+    arm: Arm,
+    *,
+    window: int = 3,
+    tolerance: float = 0.05,
+    limit_runs: int = 30,
+    limit_s: float = 120.0,
+    agreed: Callable[[bool], bool] = bool,
 ) -> WarmUp:
-    """Run ``arm`` until the medians of its last two windows of runs differ by ≤ ``tolerance``, or until a limit."""
+    """Run ``arm`` until the medians of its last two windows of runs differ by ≤ ``tolerance``, or until a limit.
+
+    agreed(stop): what all processes do, where the arm is a step that several take together.
+    """
     start = time.monotonic()
     ms: list[float] = []
-    while len(ms) < limit_runs and (len(ms) < 2 or time.monotonic() - start < limit_s):
+    while True:
         ms.append(arm())
+        stable = False
         if len(ms) >= 2 * window:
             before, after = statistics.median(ms[-2 * window : -window]), statistics.median(ms[-window:])
-            if abs(after - before) <= tolerance * before:
-                return WarmUp(len(ms), True, tuple(ms))
-    return WarmUp(len(ms), False, tuple(ms))
+            stable = abs(after - before) <= tolerance * before
+        over = len(ms) >= limit_runs or (len(ms) >= 2 and time.monotonic() - start >= limit_s)
+        if agreed(stable or over):
+            return WarmUp(len(ms), stable, tuple(ms))
 
 
 @dataclass(frozen=True)

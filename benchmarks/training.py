@@ -9,7 +9,8 @@ all else; unlike tokens/s it can be compared across machines.
 
 The benchmark fails (exit status 1, the record says why) when something is compiled after the warm-up, when the model is
 not one graph, when a loss is not finite, or when the anatomy does not explain the step. Compilation starts from
-nothing, whatever was compiled before. Any field of the configuration is a flag, as for ``tritium train``.
+nothing, whatever was compiled before. Any field of the configuration is a flag, as for ``tritium train``. Under
+torchrun the processes train together, each with B rows of its own; the first one reports.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from tritium.benchmarks.ours import Training
+    from tritium.engine.parallel import World
     from tritium.engine.step import MicroBatch
 
 SHAPES = {"cpu": {"tiny": (256, 16), "gpt2_124m": (256, 2)}, "cuda": {"tiny": (256, 64), "gpt2_124m": (1024, 32)}}
@@ -49,7 +51,10 @@ GEMM: record.Schema = {
     "count": int,  # of this product in a step
 }  # fmt: skip
 SCHEMA: record.Schema = {
-    "settings": {"T": int, "B": int, "rounds": int, "seed": int, "config": dict},
+    "settings": {
+        "T": int, "B": int,  # of each process
+        "processes": int, "rounds": int, "seed": int, "config": dict,
+    },
     "model": {
         "parameters": int, "flops_per_token": {"full": int, "causal": int},
         "flops_per_token_done": (int, type(None)),  # by torch's counter, recomputing included; null: see the checks
@@ -235,6 +240,7 @@ def flops_done(training: Training, B: int, T: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
     from tritium.engine import recompute, train
+    from tritium.engine.parallel import World
     from tritium.engine.step import MicroBatch
     from tritium.kernels.op import call_sites
     from tritium.kernels.peaks import ON_TENSOR_CORES
@@ -261,7 +267,8 @@ def flops_done(training: Training, B: int, T: int) -> int:
     dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[training.engine.dtype]
     config = training.config.replace(train={"precision": dtype})
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
-        engine = train.build(config, training.world, compile=False)
+        alone = World(device=training.world.device)
+        engine = train.build(config, alone, compile=False)
         # what auto means may differ between compiled and eager
         for (_, ours), (_, theirs) in zip(call_sites(engine.model), call_sites(training.engine.model), strict=True):
             ours.function = theirs.function
@@ -361,24 +368,27 @@ def bench(
     command: str = "",
     say: Callable[[str], object] = lambda text: None,
     picture: pathlib.Path | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Train for a while and return the record (:data:`SCHEMA`). KernelError when a kernel choice cannot be met,
     BrokenGraph, DataError when the data that is named cannot feed the model.
 
-    explain: profile too (:mod:`anatomy`). picture: where to draw that (PNG).
+    explain: profile too (:mod:`anatomy`). picture: where to draw that (PNG). world: the processes that train together,
+    each of which calls this; every figure but tokens/s is this process's own.
     """
     import torch
 
     from tritium.benchmarks import arm, ours, peers
-    from tritium.engine import allocator, metrics, train
+    from tritium.engine import allocator, metrics, parallel, train
 
     result = record.begin("train", command, device, config.name)
     clock = timing.clock_for(device)
     compiles = train.should_compile(config, torch.device(device))[0]
     with allocator.freed_memory_kept(device == "cpu"), from_nothing(compiles):
-        batches = peers.batches(config.model, B, T, 4, device, seed)
+        world = world or parallel.World(device=torch.device(device))
+        batches = peers.batches(config.model, B, T, 4, device, seed + world.rank)
         baseline, before = arm.resident_bytes(), Compiled.now()
-        training = ours.build(config, device, B)
+        training = ours.build(config, device, B, world)
         start = time.perf_counter()
         with anatomy.kernels_named(device) if explain else contextlib.nullcontext(), one_graph():
             losses = [training.step(*batches[0]).item()]
@@ -392,8 +402,13 @@ def bench(
         def step() -> None:
             last[:] = [training.step(*next(turn))]
 
-        step_arm = timing.timed(step, clock)
-        warm = timing.warm_up(step_arm, limit_runs=20)
+        timed_step = timing.timed(step, clock)
+
+        def step_arm() -> float:
+            world.barrier()  # what came before may have taken another process longer
+            return timed_step()
+
+        warm = timing.warm_up(step_arm, limit_runs=20, agreed=lambda stop: not world.any(not stop))
         settled = Compiled.now() - before
         dtype, products = training.engine.dtype, gemms(training.config, B * T)
         rate, rate_at = matmul_rate(products, dtype, device)
@@ -419,7 +434,7 @@ def bench(
     over = timing.speedup(_sum(samples["products"], samples["attention"]), samples["step"])
     ms = samples["step"].ms
     figures = [
-        record.figure("tokens/s", "tokens/s", "higher", [1e3 * B * T / t for t in ms]),
+        record.figure("tokens/s", "tokens/s", "higher", [1e3 * world.size * B * T / t for t in ms]),
         record.figure("step", "ms", "lower", ms),
         record.figure("own products", "ms", "", samples["products"].ms),
         record.figure("best attention", "ms", "", samples["attention"].ms),
@@ -447,7 +462,8 @@ def bench(
         figures.append(record.figure("profiled step", "ms", "", value=profiled_ms))
     return result | {
         "settings": {
-            "T": T, "B": B, "rounds": rounds, "seed": seed, "config": json.loads(training.config.to_json()),
+            "T": T, "B": B, "processes": world.size, "rounds": rounds, "seed": seed,
+            "config": json.loads(training.config.to_json()),
         },
         "model": {
             "parameters": training.engine.model.num_parameters(), "flops_per_token": per_token,
@@ -553,8 +569,10 @@ def summary(result: dict[str, Any]) -> str:
     s, c = result["settings"], result["compilation"]
     q = timing.Samples(tuple((x, x) for x in found["step"]["samples"]))
     over = result["step_over_own"]
+    each = f" in each of {s['processes']} processes" if s["processes"] > 1 else ""
     lines = [
-        f"{result['preset']}, T={s['T']}, B={s['B']}, {result['dtype']}, {'compiled' if c['compiled'] else 'eager'}"
+        f"{result['preset']}, T={s['T']}, B={s['B']}{each}, {result['dtype']}, "
+        f"{'compiled' if c['compiled'] else 'eager'}"
         f"{', deterministic' if result['deterministic'] else ''}, on {result['machine']['name']}",
         f"  tokens/s            {found['tokens/s']['value']:,.0f}",
         f"  step                {q.quantile_ms(0.5):.1f} ms "
@@ -638,6 +656,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.error("--device cuda: torch finds no GPU here, so there is nothing to time; use --device cpu")
     device = a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     from tritium.benchmarks import throughput
+    from tritium.engine import parallel
     from tritium.engine.cli import UsageError
     from tritium.engine.data.errors import DataError
 
@@ -647,12 +666,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, T, B = configured(a.preset, a.T, device, fields)
         B = a.B or B
         stem = f"train_{a.preset}_T{T}_B{B}" + (f"_{_digest(fields)}" if fields else "")
-        result = bench(
-            config, T, B, rounds=a.rounds, device=device, seed=a.seed, explain=a.anatomy,
-            command=shlex.join(["tritium", "bench", "train", *argv]),
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-            picture=folder / f"{stem}.png" if a.anatomy else None,
-        )  # fmt: skip
+        with parallel.world(device) as world:
+            stem += f"_P{world.size}" if world.size > 1 else ""
+            start = ["torchrun", f"--nproc-per-node={world.size}", "-m", "tritium.engine.cli"]
+            result = bench(
+                config, T, B, rounds=a.rounds, device=device, seed=a.seed, explain=a.anatomy,
+                command=shlex.join([*(start if world.size > 1 else ["tritium"]), "bench", "train", *argv]),
+                say=lambda text: print(text, file=sys.stderr, flush=True) if world.first else None,
+                picture=folder / f"{stem}.png" if a.anatomy and world.first else None,
+                world=world,
+            )  # fmt: skip
     except UsageError as error:
         made.error(str(error))
     except torch.OutOfMemoryError as error:
@@ -663,6 +686,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KernelError, ConfigError, DataError, BrokenGraph) as error:
         print(f"{a.preset}: {error}", file=sys.stderr)
         return 1
+    if not world.first:
+        return _status(result)
     path = folder / f"{stem}.json"
     record.write(result, SCHEMA, path)
     print(f"\n{summary(result)}")
@@ -673,6 +698,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{value['profiled step'] / value['step']:.2f} × the one that was timed\ndrawn: {path.with_suffix('.png')}"
         )
     print(f"written: {path}", flush=True)
+    return _status(result)
+
+
+def _status(result: dict[str, Any]) -> int:
     return int(not all(check["ok"] for check in result["checks"]))
 
 

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -205,6 +206,51 @@ def test_a_record_of_training(tmp_path, capsys, monkeypatch):
     assert "tokens/s" in shown
     assert "no datasheet figure for this device" in shown
     assert "where a step goes" in shown
+
+
+TOGETHER = """
+import sys, time
+import torch.distributed as dist
+from test_training import CONFIG
+from tritium.benchmarks import kernels, training
+from tritium.engine import metrics, presets
+
+kernels.Gate.admits = lambda *args: True
+metrics.matmul_rate = lambda *args, seconds: 1e11
+presets.names, presets.load = lambda: ["few"], lambda name: CONFIG
+reduce = dist.all_reduce
+
+def slow(tensor, *args, **kwargs):
+    if tensor.numel() > 1000:  # a bucket of gradients
+        time.sleep(0.05)
+    return reduce(tensor, *args, **kwargs)
+
+dist.all_reduce = slow
+words = ["few", "--T", "16", "--B", "2", "--rounds", "3", "--anatomy", "--device", "cpu", "--out", sys.argv[1]]
+sys.exit(training.main(words))
+"""
+
+
+def test_processes_train_together_and_what_they_say_to_each_other_has_a_row(tmp_path):
+    """Started as a user would, with 50 ms planted into the reduction of the gradients, which are one bucket."""
+    (tmp_path / "run.py").write_text(TOGETHER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    here = str(pathlib.Path(__file__).parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
+    command = [*torchrun, str(tmp_path / "run.py"), str(tmp_path / "out")]
+    both = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert both.returncode == 0, both.stdout + both.stderr
+    assert both.stdout.count("written: ") == 1
+    assert "T=16, B=2 in each of 2 processes" in both.stdout
+    (path,) = (tmp_path / "out").glob("*.json")
+    result = record.read(path)
+    assert (path.stem, result["settings"]["processes"]) == ("train_few_T16_B2_P2", 2)
+    assert result["command"].startswith("torchrun --nproc-per-node=2 -m tritium.engine.cli bench train few --T 16")
+    value = figures(result)
+    assert value["tokens/s"] == pytest.approx(2 * 32e3 / value["step"], rel=0.2)
+    (row,) = (row for row in result["anatomy"] if row["row"] == "communication")
+    assert row["ms"] > 50.0
+    assert failed(result) == []
 
 
 class Shortening(ours.Training):
