@@ -5,6 +5,7 @@ so these tests have a process of their own.
 """
 
 import importlib.util
+import os
 import pathlib
 import sys
 
@@ -21,6 +22,10 @@ if not interpreting():
     )
 
 
+# on CPU tensors alone; and a process in which autograd has seen a GPU cannot be forked, as far.py does
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _load(name: str):
     spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
@@ -30,6 +35,7 @@ def _load(name: str):
 
 _load("interpreter_bf16").install()
 _load("mutation")
+_load("far")
 products = _load("products")
 _tally = products.Tally()
 
