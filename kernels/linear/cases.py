@@ -30,6 +30,9 @@ CASES = (
         for name, C in _GPT2.items()
     ),
     Case("llama_8b_up", {"N": 8192, "C": 4096, "F": 14336}, {"bias": False}, large=True),
+    # strides that no load of 16 bytes fits: GPT-2's own vocabulary, and widths that are odd throughout
+    Case("odd_vocabulary", {"N": 16384, "C": 768, "F": 50257}, {"bias": False}, large=True),
+    Case("odd_widths", {"N": 16384, "C": 777, "F": 3001}, large=True),
 )
 
 
@@ -77,8 +80,12 @@ def bytes_backward(case: Case, dtype: torch.dtype) -> int:
 
 
 BUDGETS = (
-    Budget("_rows", needs=("tensor core", "wide loads", "wide stores")),
-    Budget("_weights", needs=("tensor core", "wide loads")),
-    Budget("_column_sums", registers=64, threads=1024, needs=("wide loads",)),
-    Budget("_add_parts", registers=64, threads=1024, needs=("wide loads",)),
+    Budget("_rows", needs=("tensor core", "wide loads", "wide stores"), cases="[!o]*"),
+    Budget("_weights", needs=("tensor core", "wide loads"), cases="[!o]*"),
+    Budget("_rows", needs=("tensor core",), cases="odd_*"),
+    Budget("_weights", needs=("tensor core",), cases="odd_*"),
+    Budget("_column_sums", registers=64, threads=1024),
+    Budget("_column_sums", needs=("wide loads",), cases="[!o]*"),
+    Budget("_add_parts", registers=64, threads=1024),
+    Budget("_add_parts", needs=("wide loads",), cases="[!o]*"),
 )

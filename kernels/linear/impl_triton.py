@@ -159,8 +159,12 @@ class AddConfig(NamedTuple):
 
 
 @cache
-def config(arch: int, itemsize: int, precision: str, M: int, N: int) -> Config:
-    """The tile of an (M, N) output. M and N count by their size class only: up to 16, up to 64, more."""
+def config(arch: int, itemsize: int, precision: str, M: int, N: int, aligned: bool = True) -> Config:
+    """The tile of an (M, N) output. M and N count by their size class only: up to 16, up to 64, more.
+
+    aligned: both operands are read in pieces of 16 bytes. Others are read element by element, each with an address and
+    a mask of its own, and leave registers for half the tile.
+    """
     if precision == "ieee":  # no tensor cores
         return (
             Config(16, 64, 32, 4, 3) if M <= 16 else Config(64, 64, 32, 8, 3) if M <= 64 else Config(128, 64, 16, 8, 3)
@@ -168,10 +172,13 @@ def config(arch: int, itemsize: int, precision: str, M: int, N: int) -> Config:
     if M <= 16:
         return Config(16, 64, 32, 4, 4)
     if M <= 64 or N <= 64:
-        return Config(64, 64, 64 if itemsize == 2 else 32, 4, 4)
+        return Config(64, 64, 64 if itemsize == 2 and aligned else 32, 4, 4)
     if itemsize == 4:
-        return Config(128, 128, 32, 8, 3)
-    return Config(128, 256, 64, 8, 3) if arch >= 90 else Config(128, 128, 32, 4, 4)
+        return Config(128, 128 if aligned else 64, 32, 8, 3)
+    if not aligned:
+        return Config(128, 128, 32, 8, 4)
+    # what warp-group mma and tcgen05 read, they read from shared memory; mma, sm_120's too, from registers
+    return Config(128, 256, 64, 8, 3) if 90 <= arch < 120 else Config(128, 128, 32, 4, 4)
 
 
 def sums_config() -> SumsConfig:
@@ -209,6 +216,12 @@ def parts(tiles: int, K: int, BLOCK_K: int, processors: int) -> int:
     return min(range(1, max(1, min(16, K // (4 * BLOCK_K))) + 1), key=cost) if K > 0 else 1
 
 
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether Triton knows every row or column to begin at a multiple of 16 bytes: it looks for a factor of 16 in
+    strides and addresses."""
+    return not any(stride % 16 for m in matrices for stride in (*m.stride(), m.data_ptr()) if stride != 1)
+
+
 def _in_place(matrix: Tensor) -> Tensor:
     """The matrix itself if an axis of it is dense or repeated, else a contiguous copy."""
     return matrix if min(matrix.stride()) <= 1 else matrix.contiguous()
@@ -224,7 +237,7 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if M == 0 or N == 0:
         return
     precision = _precision(a.dtype)
-    tile = config(launch.arch(), a.element_size(), precision, M, N)
+    tile = config(launch.arch(), a.element_size(), precision, M, N, _aligned(a, b))
     _rows_kernel(
         (launch.cdiv(M, tile.BLOCK_M) * launch.cdiv(N, tile.BLOCK_N),),
         _constants(tile, K % tile.BLOCK_K == 0, precision),
@@ -238,7 +251,7 @@ def _multiply_long(a: Tensor, b: Tensor, out: Tensor) -> None:
     if M == 0 or N == 0:
         return
     precision = _precision(a.dtype)
-    tile = config(launch.arch(), a.element_size(), precision, M, N)
+    tile = config(launch.arch(), a.element_size(), precision, M, N, _aligned(a, b))
     tiles = launch.cdiv(M, tile.BLOCK_M) * launch.cdiv(N, tile.BLOCK_N)
     S = parts(tiles, K, tile.BLOCK_K, launch.processors())
     part = launch.cdiv(launch.cdiv(K, tile.BLOCK_K), S) * tile.BLOCK_K

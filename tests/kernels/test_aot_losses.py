@@ -25,6 +25,8 @@ def case(name: str, op: str) -> Case:
         ("cross_entropy", "gpt2_16k_sum", "sm_100", BF16, {"_forward_backward", "_scale"}),
         ("linear", "gpt2_124m_qkv", "sm_90", BF16, {"_rows", "_weights", "_column_sums", "_add_parts"}),
         ("linear", "gpt2_124m_head", "sm_80", FP32, {"_rows", "_weights"}),
+        ("linear", "odd_widths", "sm_80", BF16, {"_rows", "_weights", "_column_sums", "_add_parts"}),
+        ("linear", "odd_vocabulary", "sm_120", BF16, {"_rows", "_weights"}),
     ],
 )
 def test_no_kernel_spills_or_leaves_its_budget(op, name, arch, dtype, kernels):
@@ -38,6 +40,13 @@ def test_one_launch_for_all_tensors(op):
     loaded = ops.OPS[op].load("triton")
     (launch,) = aot.launches(ops.OPS[op], case("gpt2_124m", op), "sm_90", BF16, loaded, compile=False)
     assert launch.config is not None
+
+
+def test_linear_knows_what_triton_reads_in_wide_pieces():
+    even = torch.empty(64, 48, dtype=BF16)
+    assert linear._aligned(even, even.t(), even[16:, 16:], even.expand(2, 64, 48)[0])
+    for odd in (torch.empty(64, 40, dtype=BF16), even[:, 1:], even[:, ::2], torch.empty(9, 33).t()):
+        assert not linear._aligned(even, odd)
 
 
 def test_linear_of_another_length_compiles_nothing_new():
