@@ -51,7 +51,7 @@ TRITIUM_INLINE void statistics(const T* row, const Options& o, double* lse, doub
       sum += peak == -INFINITY ? block_sum : block_sum * std::exp(peak - maximum);
     }
   }
-  *lse = maximum + std::log(sum);
+  *lse = maximum == INFINITY ? maximum : maximum + std::log(sum);  // ∞ - ∞ has made the sum NaN
   *total = z_sum;
 }
 
@@ -71,7 +71,9 @@ TRITIUM_INLINE float loss_of(const T* row, int64_t target, const Options& o, flo
 template <typename T, bool CAP>
 TRITIUM_INLINE void gradient(const T* row, int64_t target, float lse, float g, const Options& o, T* out) {
   const float true_logit = load(row + target);  // before `out`, which may be the row, is written
-  const float scale = g * (1.0f + 2.0f * o.z_loss * lse), level = g * o.label_smoothing / (float)o.V;
+  // an option of 0 takes no part: times an infinite lse or g it would be NaN
+  const float scale = o.z_loss > 0.0f ? g * (1.0f + 2.0f * o.z_loss * lse) : g;
+  const float level = o.label_smoothing > 0.0f ? g * o.label_smoothing / (float)o.V : 0.0f;
 #pragma omp simd
   for (int64_t j = 0; j < o.V; ++j) {
     const float z = capped<CAP>(load(row + j), o.softcap);

@@ -32,30 +32,34 @@ def rows(N: int, V: int, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(N, V + padding, generator=generator), torch.arange(N) % 4
 
 
+@pytest.mark.parametrize("backend", ["triton", "native"])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("V", [20, 5000])
-def test_a_logit_of_plus_infinity_gives_what_the_reference_gives(options, V, reduction):
+def test_a_logit_of_plus_infinity_gives_what_the_reference_gives(options, V, reduction, backend):
     """An infinite loss, or NaN where it is the target's; NaN in its place of the gradient, the others' finite."""
     logits, targets = rows(6, V, 4)
     logits[1, 7] = logits[2, 2] = logits[5, V - 1] = math.inf  # row 2's is its target
     logits[4, 4] = -math.inf
     options = {"vocab_size": V, "reduction": reduction, **options}
-    found, want = (loss_and_gradient(name, logits, targets, **options) for name in ("triton", "reference"))
+    found, want = (loss_and_gradient(name, logits, targets, **options) for name in (backend, "reference"))
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6, equal_nan=True)
     if len(options) == 2:
         assert want[1].isnan().sum() == 3
         assert (want[0].isinf().sum() == 2 and want[0][2].isnan()) if reduction == "none" else want[0].isnan()
 
 
+@pytest.mark.parametrize("backend", ["triton", "native"])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("upstream", [math.inf, -math.inf, math.nan])
-def test_an_upstream_gradient_that_is_no_number_reaches_what_counts_and_nothing_else(upstream, options, reduction):
+def test_an_upstream_gradient_that_is_no_number_reaches_what_counts_and_nothing_else(
+    upstream, options, reduction, backend
+):
     logits, targets = rows(6, 20, 4)
     options = {"vocab_size": 20, "reduction": reduction, **options}
     (_, found), (_, want) = (
-        loss_and_gradient(name, logits, targets, upstream, **options) for name in ("triton", "reference")
+        loss_and_gradient(name, logits, targets, upstream, **options) for name in (backend, "reference")
     )
     assert torch.equal(found.isfinite(), want.isfinite())
     assert torch.equal(found[want.isfinite()], want[want.isfinite()])
