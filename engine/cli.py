@@ -902,7 +902,7 @@ class CheckOptions:
     bench: bool = True
     """Measure the backend against the reference."""
     compile: bool = False
-    """Check inside torch.compile graphs (slow)."""
+    """Check every case inside torch.compile graphs (slow); without it one case of each dtype is traced into a graph."""
     large: bool = False
     """Also hold the large cases to the contract, on a GPU."""
     seed: int = 0
@@ -1018,8 +1018,8 @@ def _check_kernels(argv: list[str]) -> int:
     named = bool(argv) and not argv[0].startswith("-")
     about = (
         "Is this backend right, does it fit the GPU, how fast is it: the contract (values, gradients, strides, "
-        "determinism, memory, against the fp64 reference), what its Triton kernels take, and its speed against the "
-        "reference. Exit status 0 only for all three."
+        "determinism, memory, against the fp64 reference; one graph under torch.compile; no host that waits for the "
+        "device), what its Triton kernels take, and its speed against the reference. Exit status 0 only for all three."
     )
     options = parse(CheckOptions, argv, "kernels check", about, positional=("backend",) if named else ())
     _check_seed("--seed", options.seed, limits=(-(1 << 32), (1 << 32) - 1))  # of it the contract makes others
@@ -1082,7 +1082,8 @@ def _verdict(op: Any, backend: str, device: str, names: Sequence[str], options: 
     """
     import torch
 
-    from tritium.kernels.contract import check_all, format_reports
+    from tritium.engine import syncs
+    from tritium.kernels.contract import check, check_all, format_reports
 
     dtypes = [{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name] for name in names]
     cases = [c for c in op.cases.CASES if any(fnmatch.fnmatchcase(c.name, p) for p in options.cases)]
@@ -1090,8 +1091,15 @@ def _verdict(op: Any, backend: str, device: str, names: Sequence[str], options: 
         print(f"== contract of {op.name}.{backend}")
     reports = check_all(
         op, backend, dtypes, device, compiled=options.compile, seed=options.seed,
-        large=options.large or bool(cases), cases=cases or None,
+        large=options.large or bool(cases), cases=cases or None, watch=syncs.forbidden,
     )  # fmt: skip
+    if not options.compile:
+        for dtype in dtypes:
+            if (chosen := _to_trace(op, reports, dtype)) is not None:
+                case, phase = chosen
+                reports.append(
+                    check(op, backend, case, dtype, device, compiled="aot_eager", seed=options.seed, phase=phase)
+                )
     print(format_reports(reports))
     count = {status: sum(r.status == status for r in reports) for status in ("passed", "failed", "refused")}
     word = (
@@ -1123,6 +1131,13 @@ def _verdict(op: Any, backend: str, device: str, names: Sequence[str], options: 
             f"not measured: right as far as the contract shows, its speed unknown ({unmeasured}); --no-bench is content"
         )
     return "right"
+
+
+def _to_trace(op: Any, reports: Sequence[Any], dtype: Any) -> tuple[Any, str] | None:
+    """(case, phase) to compile in a dtype: of what passed eagerly, for training if any was, with the most options."""
+    cases = {case.name: case for case in op.cases.CASES}
+    passed = [(cases[r.case], r.phase) for r in reports if r.ok and r.dtype == dtype]
+    return max(passed, key=lambda p: (p[1] == "train", all(p[0].shape.values()), len(p[0].options)), default=None)
 
 
 def _check_resources(op: Any, backend: str, device: str, options: CheckOptions) -> list[str]:

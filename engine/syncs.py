@@ -6,8 +6,9 @@ rules hold for tensors on any device, so that a training step on CPU tensors, or
 on a GPU.
 
 A dispatch mode sees the ops (in backward too), a function mode what reads a CPU tensor's memory without one. Our ops
-run as they do in eager training, so that what their launchers call is seen as well; inside other custom ops, and inside
-ours on fake tensors, nothing is. On a GPU torch's own sync debug mode, which is deeper, is switched on beside them.
+run as they do in eager training, so that what their launchers call is seen as well, and both modes go into the Python
+of other custom ops; inside compiled code, and inside any op on fake tensors, nothing is seen. On a GPU torch's own sync
+debug mode, which is deeper, is switched on beside them.
 torch.compile does not compile under a dispatch mode: of a compiled step, ``reason`` judges the nodes of the graph.
 """
 
@@ -17,12 +18,15 @@ import contextlib
 import linecache
 import pathlib
 import sys
+import sysconfig
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from tritium.kernels import autograd
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
+_INSTALLED = ("<", *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _MASKS = (torch.bool, torch.uint8)
 # data-dependent and not tagged so by torch
 _READS = {"equal", "allclose", "is_nonzero", "unique_dim_consecutive"}
@@ -98,15 +103,31 @@ def _copy(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | No
 
 
 class _Dispatch(TorchDispatchMode):
-    def __init__(self, judge: Callable[[str, str], None], device: str | None):
+    supports_higher_order_operators = True  # such as flex_attention: what it computes with is seen
+
+    def __init__(self, judge: Callable[[str, str], None], device: str | None, functions: _Functions):
         super().__init__()
-        self.judge, self.device = judge, device
+        self.judge, self.device, self.functions = judge, device, functions
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = reason(function, args, kwargs or {}, self.device)
         if found is not None:
             self.judge(str(function), found)
+        inside = _python_of(function, args, kwargs or {})
+        if inside is not None:
+            with self.functions, self:
+                return inside(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+
+def _python_of(function: Any, args: Any, kwargs: Any) -> Callable[..., Any] | None:
+    """The Python that the library would run for a torch.library.custom_op on these tensors, or None."""
+    op = OPDEFS.get(getattr(getattr(function, "_schema", None), "name", ""))
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if op is None or not leaves or any(isinstance(leaf, FakeTensor) or leaf.is_meta for leaf in leaves):
+        return None
+    kernels = op._backend_fns
+    return kernels.get(leaves[0].device.type, kernels.get(None))
 
 
 class _Functions(TorchFunctionMode):
@@ -152,7 +173,8 @@ def forbidden(allow: Collection[Callable[..., Any]] = (), device: str | None = N
     try:
         if on_gpu and not codes:  # that one knows no exceptions
             torch.cuda.set_sync_debug_mode("error")
-        with _Functions(judge, device), _Dispatch(judge, device):
+        functions = _Functions(judge, device)
+        with functions, _Dispatch(judge, device, functions):
             yield seen
     finally:
         autograd.watching -= 1
@@ -171,9 +193,14 @@ def _frames() -> Iterator[types.FrameType]:
 
 
 def _place(frames: Sequence[types.FrameType]) -> str:
-    """FILE:LINE of the innermost frame of this package, relative to it; failing that, of whoever called torch."""
-    ours = [f for f in frames if f.f_globals.get("__name__", "").startswith("tritium.")]
+    """FILE:LINE of the innermost frame of this package, relative to it, or of a user's own file; failing that, of
+    whoever called torch."""
+
+    def written_here(frame: types.FrameType) -> bool:
+        ours = frame.f_globals.get("__name__", "").startswith("tritium.")
+        return ours or not frame.f_code.co_filename.startswith(_INSTALLED)
+
     others = [f for f in frames if "/torch/" not in f.f_code.co_filename]
-    frame = (ours or others or list(frames))[0]
+    frame = ([f for f in frames if written_here(f)] or others or list(frames))[0]
     path = pathlib.Path(frame.f_code.co_filename)
     return f"{path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path}:{frame.f_lineno}"

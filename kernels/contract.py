@@ -12,7 +12,8 @@ mean square (rms). The constants are FACTOR and FLOORS; docs/numerics.md explain
     reads no memory that it did not write: allocations are filled with NaN,
     gives gradients for any subset of its inputs, and works without grad,
     repeats bit for bit when its module says ``DETERMINISTIC = True``,
-    and runs inside one full graph of torch.compile.
+    runs inside one full graph of torch.compile,
+    and never lets the host wait for a GPU that it could serve (where a watcher is given).
 
 A case that a backend refuses through ``unsupported(site)`` is reported as refused, never as passed.
 """
@@ -59,6 +60,8 @@ OP_FLOORS: Mapping[tuple[str, torch.dtype], tuple[float, float]] = {
 FEW, FEW_FACTOR = 16, 4.0
 # tensors whose floor is the compute dtype's although they are wider: one sum over logits rounded to the compute dtype
 COARSE = frozenset({("linear_cross_entropy", "output")})
+Watch = Callable[[], contextlib.AbstractContextManager[object]]
+GPU = Machine("cuda", "sm_90")  # with this machine's packages
 VARIANTS = ("plain", "strided", "expanded", "partial", "no_grad")
 
 
@@ -158,12 +161,15 @@ def check(
     phase: str = "train",
     variants: Sequence[str] = VARIANTS,
     machine: Machine | None = None,
+    watch: Watch | None = None,
 ) -> Report:
     """Hold one backend to the contract on one case.
 
     compiled: True runs inside ``torch.compile(fullgraph=True)`` by Inductor, a string names another compiler
     ("aot_eager"); it resets Dynamo's caches. phase: "train" checks forward and gradients, any other the forward only.
-    machine: what the backend is asked about, by default this one.
+    machine: what the backend is asked about, by default this one. watch: a context to call and differentiate the
+    backend in once more, eagerly; what it raises fails the case (engine/syncs.py: the host would wait for the device).
+        Not of a backend that refuses a GPU.
     """
     device = torch.device(device)
     loaded = backend if isinstance(backend, Backend) else op.load(backend)
@@ -178,13 +184,15 @@ def check(
     reason = loaded.unsupported(site)
     if reason is not None:
         return report(False, reason, refused=True)
+    if watch is not None and device.type == "cpu" and loaded.unsupported(site.replace(machine=GPU)) is not None:
+        watch = None  # it is for CPUs alone, whose tensors the host may read
     errors: list[Compared] = []
     try:
         with _full_precision():
             if op.updates:
-                _check_update(op, loaded, case, dtype, device, compiled, seed, errors)
+                _check_update(op, loaded, case, dtype, device, compiled, seed, errors, watch)
             else:
-                _check_function(op, loaded, case, dtype, device, compiled, seed, phase, variants, errors)
+                _check_function(op, loaded, case, dtype, device, compiled, seed, phase, variants, errors, watch)
     except _Broken as broken:
         return report(False, "; ".join([str(broken), *(str(e) for e in errors if not e.ok)]), errors)
     except Exception as error:  # whatever a backend raises on a case it accepted is a finding, with its place
@@ -204,6 +212,7 @@ def check_all(
     large: bool = False,
     cases: Iterable[Case] | None = None,
     variants: Sequence[str] = VARIANTS,
+    watch: Watch | None = None,
 ) -> list[Report]:
     """:func:`check` over the op's cases (``large`` ones only when asked for) and dtypes.
 
@@ -217,7 +226,8 @@ def check_all(
             phases = ("train",) if op.updates else ("train", "eval")
             for phase in phases:
                 report = check(
-                    op, backend, case, dtype, device, compiled=compiled, seed=seed, phase=phase, variants=variants
+                    op, backend, case, dtype, device, compiled=compiled, seed=seed, phase=phase, variants=variants,
+                    watch=watch,
                 )  # fmt: skip
                 if phase == "train" or not report.refused:
                     reports.append(report)
@@ -268,7 +278,7 @@ def site_of(
 
 def _check_function(
     op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: torch.device, compiled: bool | str, seed: int,
-    phase: str, variants: Sequence[str], errors: list[Compared],
+    phase: str, variants: Sequence[str], errors: list[Compared], watch: Watch | None,
 ) -> None:  # fmt: skip
     train = phase == "train"
     arguments = op.cases.inputs(case, dtype, device, seed)
@@ -324,6 +334,8 @@ def _check_function(
         elif variant == "no_grad" and not compiled:
             got = _run(call, arguments, None, False)
             compare(variant, got, exact.only(got), same.only(got))
+    if watch is not None:
+        _run(_prepared(backend, backend.function), arguments, upstream, train, around=watch)
 
 
 class _Result(dict[str, Tensor]):
@@ -352,12 +364,14 @@ def _run(
     train: bool,
     *,
     unchanged: bool = False,
+    around: Watch = contextlib.nullcontext,
 ) -> _Result:
-    """Call ``function`` on fresh leaves of ``arguments``; with ``upstream`` gradients, differentiate as well."""
+    """Call ``function`` on fresh leaves of ``arguments``; with ``upstream`` gradients, differentiate as well; both in
+    the context ``around()``."""
     leaves = {n: _leaf(v) if isinstance(v, Tensor) else v for n, v in arguments.items()}
     before = {n: _storage(v).clone() for n, v in leaves.items() if isinstance(v, Tensor)} if unchanged else {}
     grads_before = [_storage(g).clone() for g in upstream or []] if unchanged else []
-    with torch.set_grad_enabled(train):
+    with torch.set_grad_enabled(train), around():
         raw = function(**leaves)
     outputs = list(raw) if isinstance(raw, (tuple, list)) else [raw]
     if not all(isinstance(o, Tensor) for o in outputs):
@@ -372,9 +386,10 @@ def _run(
         pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
         if not pairs:
             raise _Broken(f"no output requires grad although {', '.join(wanted)} does")
-        found = torch.autograd.grad(
-            [o for o, _ in pairs], list(wanted.values()), [g for _, g in pairs], allow_unused=True
-        )
+        with around():
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], list(wanted.values()), [g for _, g in pairs], allow_unused=True
+            )
         for (name, leaf), gradient in zip(wanted.items(), found, strict=True):
             result[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
     for name, storage in before.items():
@@ -522,6 +537,7 @@ def _check_update(
     compiled: bool | str,
     seed: int,
     errors: list[Compared],
+    watch: Watch | None,
 ) -> None:
     """An update op: several steps, each from the state the one before left; what is mutated is compared after each."""
     function = _compile(backend.function, compiled)
@@ -530,6 +546,9 @@ def _check_update(
     twice = getattr(backend.module, "DETERMINISTIC", False)
     for step in range(1, op.cases.STEPS + 1):
         arguments = op.cases.inputs(case, dtype, device, seed, step=step)
+        if watch is not None:
+            with torch.no_grad(), watch():
+                backend.function(**{n: _copy(v) for n, v in arguments.items()})
         for label, run, convert in runs:
             mine = {
                 n: v if n in op.updates and step > 1 else convert(v)

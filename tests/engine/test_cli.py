@@ -614,6 +614,44 @@ def test_kernels_refuse_what_cannot_be_met(tritium, monkeypatch):
     assert "not 'hopper'" in err
 
 
+# calls what takes no tensors without memory, inside an op
+NATIVE = """
+import torch, torch.nn.functional as F
+from torch import Tensor
+from tritium.kernels.autograd import differentiable
+def forward(x: Tensor, approximate: str) -> tuple[Tensor]:
+    assert x.numel() == 0 or x.data_ptr()
+    return (F.gelu(x, approximate=approximate),)
+def backward(dy: Tensor, x: Tensor, approximate: str) -> tuple[Tensor]:
+    return (torch.ops.aten.gelu_backward(dy, x, approximate=approximate),)
+_gelu = differentiable(__name__.replace(".", "_"), forward=forward, backward=backward,
+    fake_forward=lambda x, a: (torch.empty_like(x),), fake_backward=lambda dy, x, a: (torch.empty_like(x),),
+    save=lambda args, results: args, gradients=(0,))
+def gelu(x, approximate='tanh'): return _gelu(x, approximate)
+"""
+RETURN = "    return (F.gelu("
+# backends whose numbers are right and whose host would wait for a GPU: plainly, inside an op, in backward, or in an op
+# of torch's library; and one that is for CPUs alone and says so: its host reads what is its own
+WAITS = {
+    "item": "import torch.nn.functional as F\ndef gelu(x, approximate='tanh'):\n"
+            "    return F.gelu(x, approximate=approximate) + 0 * x.detach().isnan().sum().item()",
+    "forward_waits": NATIVE.replace(RETURN, "    float(x.sum())\n" + RETURN),
+    "backward_waits": NATIVE.replace("    return (torch.ops", "    bool(dy.isnan().any())\n    return (torch.ops"),
+    "library_waits": """
+import torch, torch.nn.functional as F
+from torch import Tensor
+@torch.library.custom_op("my_kernels::waits", mutates_args=())
+def waits(x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if x.sum().item() == 12345.0 else torch.zeros_like(x)
+waits.register_fake(lambda x: torch.empty_like(x))
+def gelu(x, approximate='tanh'): return F.gelu(x, approximate=approximate) + waits(x.detach())
+""",
+    "cpu_alone": "import torch.nn.functional as F\ndef gelu(x, approximate='tanh'):\n"
+                 "    return F.gelu(x, approximate=approximate) + 0 * x.detach().isnan().sum().item()\n"
+                 "def unsupported(site): return None if site.device == 'cpu' else 'is for CPUs'",
+}  # fmt: skip
+
+
 @pytest.fixture
 def my_kernels(tmp_path, monkeypatch):
     """A user's backends of gelu: one right, one 2 % off, one that calls what takes no tensors without memory, one that
@@ -624,7 +662,9 @@ def my_kernels(tmp_path, monkeypatch):
     good = "import torch.nn.functional as F\ndef gelu(x, approximate='tanh'): return F.gelu(x, approximate=approximate)"
     (package / "good.py").write_text(good)
     (package / "bad.py").write_text(good.replace("=approximate)", "=approximate) * 1.02"))
-    (package / "native.py").write_text(good.replace("return", "x.data_ptr(), x.detach().sum().item(); return"))
+    (package / "native.py").write_text(NATIVE)
+    for name, text in WAITS.items():
+        (package / f"{name}.py").write_text(text)
     (package / "elsewhere.py").write_text(good + "\ndef unsupported(site): return 'is for another machine'")
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield package
@@ -642,7 +682,7 @@ def test_kernels_check_gives_a_verdict_and_a_status(tritium, my_kernels):
     assert (status, err) == (0, "")
     sections = re.split(r"^== (\w+) of gelu\.my_kernels\.good$", out, flags=re.M)
     assert sections[1::2] == ["contract", "resources", "benchmark"]
-    assert "gelu.my_kernels.good on cpu holds the contract (1 passed, 0 failed, 0 refused)" in sections[2]
+    assert "gelu.my_kernels.good on cpu holds the contract (2 passed, 0 failed, 0 refused)" in sections[2]
     assert "no Triton kernels: resources not applicable" in sections[4]
     rows = re.findall(r"^gelu\.my_kernels\.good +odd +fp32 +(forward\S*) .* × reference \[", sections[6], re.M)
     assert rows == ["forward", "forward+backward"]
@@ -672,6 +712,21 @@ def test_kernels_check_looks_at_the_resources_of_what_cannot_be_called_without_m
     status, out, _ = tritium("kernels", "check", "my_kernels.native", *CHECK, "--arch", "sm_90", "--no-bench")
     assert (status, out.splitlines()[-1]) == (0, "verdict: right")
     assert "no Triton kernels: resources not applicable\n(called on tensors without memory: gelu odd sm_90: " in out
+
+
+@pytest.mark.parametrize("name", [name for name in WAITS if name != "cpu_alone"])
+def test_kernels_check_of_a_host_that_waits_is_wrong(tritium, my_kernels, name):
+    status, out, _ = tritium("kernels", "check", f"my_kernels.{name}", *CHECK, "--no-resources", "--no-bench")
+    assert status == 1, out
+    assert re.search(rf"^failed .* eager: raised HostSync: aten\.\S+ at \S+{name}\.py:\d+ \(", out, re.M), out
+    assert out.splitlines()[-1].startswith("verdict: wrong: breaks the contract (")
+
+
+def test_kernels_check_lets_what_is_for_cpus_alone_read(tritium, my_kernels):
+    flags = ("--no-resources", "--no-bench")
+    status, out, _ = tritium("kernels", "check", "my_kernels.cpu_alone", *CHECK, *flags)
+    assert (status, out.splitlines()[-1]) == (0, "verdict: right"), out
+    assert "holds the contract (2 passed, 0 failed, 0 refused)" in out, "eagerly and in a graph"
 
 
 def test_kernels_check_says_right_only_of_what_was_measured(tritium, my_kernels, monkeypatch):

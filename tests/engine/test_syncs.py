@@ -1,5 +1,6 @@
 """The mode that forbids host synchronisation, on CPU tensors: what it sees, what it lets pass, and whole steps."""
 
+import contextlib
 import dataclasses
 import inspect
 import textwrap
@@ -11,7 +12,7 @@ from tritium.engine import syncs, train
 from tritium.engine.config import Config, GPTConfig, KernelsConfig, TrainConfig
 from tritium.engine.optim import AdamW
 from tritium.engine.step import MicroBatch, train_step
-from tritium.kernels import autograd, ops
+from tritium.kernels import autograd, contract, ops
 from tritium.kernels.adamw import impl_torch_fused
 
 MODEL = GPTConfig(vocab_size=61, vocab_multiple=16, block_size=8, n_layer=2, n_head=4, n_embd=32)
@@ -244,3 +245,38 @@ def test_planted_in_backward():
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(syncs.HostSync, match=r"test_syncs\.py:\d+ \(return gradient if"), syncs.forbidden():
         Looks.apply(x).sum().backward()
+
+
+# ----------------------------------------------------------------------------------------------- other people's kernels
+
+
+@torch.library.custom_op("tests::reads_inside", mutates_args=())
+def reads_inside(x: torch.Tensor, how: str) -> torch.Tensor:
+    {"item": lambda: x.sum().item(), "tolist": lambda: x.tolist(), "nothing": lambda: x.sum()}[how]()
+    return 2 * x
+
+
+@pytest.mark.parametrize("how", ["item", "tolist", "nothing"])
+def test_the_python_of_a_custom_op_is_looked_into(how):
+    x = torch.ones(3)
+    with pytest.raises(syncs.HostSync, match="reads the data") if how != "nothing" else contextlib.nullcontext():
+        with syncs.forbidden():
+            y = reads_inside(x, how)
+        assert torch.equal(y, 2 * x)
+    if how != "nothing":
+        with syncs.forbidden(device="cuda"):  # no tensor of it
+            reads_inside(x, how)
+
+
+def test_an_operator_that_takes_functions_runs():
+    (case,) = (c for c in ops.attention.cases.CASES if c.name == "tiny")
+    report = contract.check(ops.attention, "flex", case, phase="eval", watch=syncs.forbidden)
+    assert report.ok, report
+
+
+def test_a_users_own_file_is_named():
+    code = compile("def read(x):\n    return x.sum().item()\n", "/elsewhere/mine.py", "exec")
+    space: dict = {}
+    exec(code, space)
+    with pytest.raises(syncs.HostSync, match=r"at /elsewhere/mine\.py:2 "), syncs.forbidden():
+        space["read"](torch.ones(2))

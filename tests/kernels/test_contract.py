@@ -1,5 +1,6 @@
 """The contract over every backend this machine can run, and the contract itself: planted faults must turn it red."""
 
+import contextlib
 import dataclasses
 import re
 import types
@@ -7,6 +8,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritium.kernels import contract, ops
 from tritium.kernels.case import Case
@@ -483,6 +485,67 @@ def test_a_planted_fault_turns_its_op_red(name, fault, dtype):
             red.append(report)
             break
     assert red
+
+
+# --------------------------------------------------------------------------------------------- watched, as a GPU's host
+
+
+class Reads(RuntimeError):
+    """What a watcher raises."""
+
+
+@contextlib.contextmanager
+def no_reads():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                raise Reads("the host reads")
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        yield
+
+
+class ReadsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy + 0 * dy.isnan().sum().item()
+
+
+def reads_forward(x, *a, **o):
+    return ops.gelu.reference(x + 0 * x.detach().isnan().sum().item(), *a, **o)
+
+
+def reads_backward(x, *a, **o):
+    return ops.gelu.reference(ReadsInBackward.apply(x), *a, **o)
+
+
+@pytest.mark.parametrize("fault", [reads_forward, reads_backward])
+def test_a_watched_backend_whose_host_reads_is_red(fault):
+    def gelu(x, approximate="tanh"):
+        return fault(x, approximate)
+
+    case = small(ops.gelu)[3]
+    assert contract.check(ops.gelu, planted(gelu), case).ok
+    report = contract.check(ops.gelu, planted(gelu), case, watch=no_reads)
+    assert report.status == "failed" and "raised Reads: the host reads" in report.reason
+    (report,) = contract.check_all(ops.gelu, planted(gelu), (FP32,), cases=[case], watch=no_reads)
+    assert report.status == "failed"
+    alone = planted(gelu, unsupported=lambda site: None if site.device == "cpu" else "for CPUs; choose reference")
+    assert contract.check(ops.gelu, alone, case, watch=no_reads).ok, "for CPUs alone: its host reads what is its own"
+    assert contract.check(ops.gelu, "reference", case, watch=no_reads).ok
+
+
+def test_a_watched_update_whose_host_reads_is_red():
+    case = small(ops.adamw)[3]
+    reads = planted(adamw_but(skip=lambda a: torch.tensor(float(a["skip"].item()))))
+    assert contract.check(ops.adamw, reads, case).ok
+    assert "raised Reads" in contract.check(ops.adamw, reads, case, watch=no_reads).reason
+    assert contract.check(ops.adamw, "reference", case, watch=no_reads).ok
 
 
 # ----------------------------------------------------------------------------------------------------------- update ops
