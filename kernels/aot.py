@@ -79,11 +79,12 @@ BEGIN, END = "<!-- written by make check-kernels: from here -->", "<!-- to here 
 
 
 class _Utilities:
-    def __init__(self, capability: int):
-        self.capability = capability
+    def __init__(self, capability: int, name: str):
+        self.capability, self.name = capability, name
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
+    def get_device_properties(self, device: int) -> dict[str, Any]:
         return {
+            "name": self.name,
             "max_shared_mem": SHARED_LIMIT[self.capability],
             "max_num_regs": REGISTERS,
             "multiprocessor_count": PROCESSORS[self.capability],
@@ -113,8 +114,8 @@ class _Driver(DriverBase):
 
     launcher_cls = _NoLauncher
 
-    def __init__(self, capability: int):
-        self.capability, self.utils = capability, _Utilities(capability)
+    def __init__(self, capability: int, name: str = ""):
+        self.capability, self.utils = capability, _Utilities(capability, name)
 
     @classmethod
     def is_active(cls) -> bool:
@@ -162,11 +163,12 @@ class Launch:
 
 
 @contextlib.contextmanager
-def compiling_for(arch: str, *, compile: bool = True) -> Iterator[list[Launch]]:
+def compiling_for(arch: str, *, compile: bool = True, device: str = "") -> Iterator[list[Launch]]:
     """Within, every Triton launch compiles for ``arch`` and launches nothing; yields the launches, in order.
 
     Tensors given to the launchers should be meta tensors: nothing reads or writes them. compile: False only records
-    the launches.
+    the launches. device: the name of a board, whose measured tiles (kernels/tuning/tiles/) are taken; "": the
+    launchers' own.
     """
     if interpreting():
         raise RuntimeError(
@@ -192,7 +194,7 @@ def compiling_for(arch: str, *, compile: bool = True) -> Iterator[list[Launch]]:
 
     with _watched_configs() as configs:
         JITFunction.run = recorded
-        driver.set_active(_Driver(capability))
+        driver.set_active(_Driver(capability, device))
         try:
             yield launched
         finally:
@@ -227,9 +229,13 @@ def _watched_configs() -> Iterator[list[Mapping[str, Any]]]:
     ]
     members = [(module, name, value) for module in modules for name, value in list(vars(module).items())]
     found = [(m, n, value) for m, n, value in members if (n == "config" or n.endswith("_config")) and callable(value)]
-    for _, _, value in members:
-        if hasattr(value, "cache_clear"):  # what a launcher remembers of an earlier choice: it is to choose again
-            value.cache_clear()
+
+    def forget() -> None:
+        for _, _, value in members:
+            if hasattr(value, "cache_clear"):  # what a launcher remembers of an earlier choice: it is to choose again
+                value.cache_clear()
+
+    forget()
     for module, name, function in found:
         setattr(module, name, watch(function))
     try:
@@ -237,6 +243,7 @@ def _watched_configs() -> Iterator[list[Mapping[str, Any]]]:
     finally:
         for module, name, function in found:
             setattr(module, name, function)
+        forget()
 
 
 # ----------------------------------------------------------------------------------------------------------- resources

@@ -116,6 +116,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
+@launch.tuned
 def config() -> Config:
     """4 elements a thread: 16 bytes of an fp32 tensor, and one layout for all dtypes (8 would make bf16 another, and
     move it through shared memory). 115 KB of traffic a program: beside it finding the tensor and taking the powers of β

@@ -566,6 +566,7 @@ SMALLER = {
 }
 
 
+@launch.tuned
 def config(kernel: str, arch: int, D: int, dtype: torch.dtype, features: Sequence[str] = ()) -> Config:
     """The tile of ``kernel``: "forward", "backward_keys" or "backward_queries"; features: "mask", "softcap", "dropout".
 
@@ -615,7 +616,7 @@ def _constants(
     documents: bool, causal: bool, sign: int, window: bool, softcap: bool, dropout: bool,
 ) -> launch.Constants:  # fmt: skip
     present = {"mask": documents or window, "softcap": softcap, "dropout": dropout}
-    tile = config(kernel, arch, D, dtype, [name for name, there in present.items() if there])
+    tile = config(kernel, arch, D, dtype, tuple(name for name, there in present.items() if there))
     return launch.constants(
         SIGN=sign, CAUSAL=causal, WINDOW=window, SOFTCAP=softcap, DROPOUT=dropout,
         PRECISION="ieee" if dtype == torch.float32 else "tf32", R=R, D=D, BLOCK_D=_block_d(D), **tile._asdict(),

@@ -227,6 +227,7 @@ class ScaleConfig(NamedTuple):
     programs_per_processor: int
 
 
+@launch.tuned
 def config(V: int) -> Config:
     """16 columns a thread: 4096 for 8 warps, fewer for a small vocabulary."""
     BLOCK_V = min(launch.power_of_two(V), 4096)

@@ -154,7 +154,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
-@cache
+@launch.tuned
 def config(C: int, itemsize: int) -> Config:
     """32 bytes a thread."""
     num_warps = 4

@@ -82,6 +82,7 @@ class Config(NamedTuple):
     programs_per_processor: int
 
 
+@launch.tuned
 def config(arch: int) -> Config:
     """16 elements a thread, all in registers, and as many programs as a processor holds at one time: 40 KB of 16-bit
     tensors in flight, twice what the memory's latency asks for. BLOCK_P: of the final sum."""

@@ -8,6 +8,13 @@ driver: launchers then act as on an H100 with few processors.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import json
+import pathlib
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,19 +36,24 @@ INTERPRETED_BF16 = False  # the interpreter calculates on the bits of a bf16 ten
 
 
 _INTERPRETED = interpreting()  # as Triton decided when it was imported
-_devices: dict[tuple[type, int], tuple[int, int]] = {}
+_devices: dict[tuple[type, int], tuple[int, int, str]] = {}
 
 
-def _device() -> tuple[int, int]:
-    """(compute capability, processors) of the current device; asked of a driver once, which takes it microseconds."""
+def _device() -> tuple[int, int, str]:
+    """(compute capability, processors, name) of the current device; asked of a driver once, which takes it
+    microseconds."""
     if _INTERPRETED:
-        return INTERPRETED_ARCH, INTERPRETED_PROCESSORS
+        return INTERPRETED_ARCH, INTERPRETED_PROCESSORS, ""
     active = driver.active
     device = active.get_current_device()
     found = _devices.get((type(active), device))
     if found is None:
-        count = active.utils.get_device_properties(device)["multiprocessor_count"]
-        found = _devices[type(active), device] = (int(active.get_current_target().arch), int(count))
+        properties = active.utils.get_device_properties(device)
+        name = properties.get("name")  # only the ahead-of-time driver says it, which there is no GPU behind
+        if name is None:
+            name = torch.cuda.get_device_name(device) if active.get_active_torch_device().type == "cuda" else ""
+        count = properties["multiprocessor_count"]
+        found = _devices[type(active), device] = (int(active.get_current_target().arch), int(count), name)
     return found
 
 
@@ -53,6 +65,106 @@ def arch() -> int:
 def processors() -> int:
     """The number of streaming multiprocessors of the current device."""
     return _device()[1]
+
+
+def device_name() -> str:
+    """The current device's, as torch.cuda has it; "" for the interpreter, and where there is no GPU."""
+    try:
+        return _device()[2]
+    except RuntimeError:  # Triton finds no driver: a config is asked by itself
+        return ""
+
+
+# ------------------------------------------------------------------------------------------------------ measured tiles
+
+TILES = pathlib.Path(__file__).parent.parent / "tuning" / "tiles"
+
+
+def tiles_path(device: str) -> pathlib.Path:
+    """The file of the tiles that were measured on devices of this name (benchmarks/tiles.py writes it)."""
+    return TILES / f"{re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')}.json"
+
+
+def read_tiles(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The entries of such a file; [] where there is none; ValueError, naming it and what is wrong, for a damaged one.
+
+    Each says in which ``module`` a call of ``function`` with ``arguments`` gives ``tile`` in the place of ``own``.
+    """
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: it is to be a list of entries, not {type(entries).__name__}")
+    for i, entry in enumerate(entries):
+        kinds = {"module": str, "function": str, "arguments": dict, "tile": dict, "own": dict}
+        if not isinstance(entry, dict) or any(not isinstance(entry.get(name), kind) for name, kind in kinds.items()):
+            raise ValueError(f"{path}: entry {i} is to have {', '.join(kinds)}: {str(entry)[:100]}")
+        for name, value in entry["tile"].items():
+            if (
+                type(value) is not int
+                or value < 0
+                or (name.startswith(("BLOCK", "num_warps")) and value.bit_count() != 1)
+            ):
+                raise ValueError(f"{path}: entry {i}: {name}={value!r} is no part of a tile")
+    return entries
+
+
+def arguments_of(signature: inspect.Signature, args: Any, kwargs: Mapping[str, Any]) -> dict[str, bool | int | str]:
+    """The arguments of one call of a ``config``, as entries have them."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return {n: value if isinstance(value, (bool, int)) else str(value) for n, value in bound.arguments.items()}
+
+
+@functools.cache
+def _measured(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Entries by their call. A damaged file costs a warning and the tiles in it, never a launch."""
+    try:
+        entries = read_tiles(path)
+    except ValueError as error:
+        warnings.warn(f"{error}; no measured tile is used on this device; delete the file or write it anew "
+                      "(STAGE=kernels OPS=... make gpu)", stacklevel=2)  # fmt: skip
+        return {}
+    return {_call(e["module"], e["function"], e["arguments"]): e for e in entries}
+
+
+def _call(module: str, function: str, arguments: Mapping[str, Any]) -> str:
+    return f"{module}.{function} {json.dumps(arguments, sort_keys=True)}"
+
+
+def tuned(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a ``config``: the tile that was measured to be the fastest for such a call on this device, else its
+    own. An entry counts as long as ``own`` gives what it gave when that was measured."""
+    signature = inspect.signature(own)
+    known: dict[Any, Any] = {}
+
+    @functools.wraps(own)
+    def config(*args: Any, **kwargs: Any) -> Any:
+        device = device_name()
+        key = (device, args, *kwargs.items())
+        tile = known.get(key)
+        if tile is None:
+            tile = own(*args, **kwargs)
+            if device and (measured := _measured(tiles_path(device))):
+                entry = measured.get(_call(own.__module__, own.__name__, arguments_of(signature, args, kwargs)))
+                if entry is not None and entry["own"] == tile._asdict() and entry["tile"].keys() == entry["own"].keys():
+                    tile = tile._replace(**entry["tile"])
+            known[key] = tile
+        return tile
+
+    def cache_clear() -> None:
+        known.clear()
+        _measured.cache_clear()
+        _devices.clear()
+
+    config.cache_clear = cache_clear  # type: ignore[attr-defined]
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------------- launches
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -237,7 +237,7 @@ class Config(NamedTuple):
     programs: int = 0
 
 
-@cache
+@launch.tuned
 def config(C: int, itemsize: int, *, add: bool, backward: bool) -> Config:
     """The tile for rows of C elements of itemsize bytes: whole rows as long as they fit, short ones grouped.
 

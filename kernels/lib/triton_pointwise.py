@@ -165,7 +165,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
-@cache
+@launch.tuned
 def config(F: int, itemsize: int) -> Config:
     """The tile: 32 bytes a thread of each operand, two wide loads, which with 8 or more programs a processor keeps
     64 KB in flight there; and a width that divides F where a power of two of 128 or more does, or else leaves the

@@ -158,7 +158,7 @@ class AddConfig(NamedTuple):
     num_warps: int
 
 
-@cache
+@launch.tuned
 def config(arch: int, itemsize: int, precision: str, M: int, N: int, aligned: bool = True) -> Config:
     """The tile of an (M, N) output. M and N count by their size class only: up to 16, up to 64, more.
 

@@ -110,7 +110,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
-@cache
+@launch.tuned
 def config(H: int, G: int, D: int, half: int, itemsize: int) -> Config:
     """The tile: 32 bytes a thread of either half, and up to 8 heads that share an angle."""
     num_warps = 4
