@@ -85,9 +85,16 @@ class ArmProcess:
         arguments: dict[str, Any] = {"config": config.to_json(), "B": B, "T": T, "device": device, "seed": seed}
         return self.ask("start", name=self.name, variant=self.variant, spawned=self.spawned, **arguments)
 
-    def losses(self, steps: int) -> list[float]:
-        """The losses of the first ``steps`` steps from the common initial weights over the common batches."""
-        return self.ask("losses", steps=steps)["losses"]
+    def settings(self) -> dict[str, str]:
+        """What was built, beside the model: ``peers.settings``."""
+        return self.ask("settings")
+
+    def losses(self, steps: int, fp32: bool = False) -> list[float]:
+        """The losses of the first ``steps`` steps from the common initial weights over the common batches.
+
+        fp32: uncompiled and in fp32 whatever the arm trains in, over two rows of each batch at most.
+        """
+        return self.ask("losses", steps=steps, fp32=fp32)["losses"]
 
     def step_ms(self) -> float:
         """One training step: milliseconds, taken inside the child."""
@@ -187,12 +194,18 @@ class Arm:
         described = {"variant": str(chosen), "kernels": []} if name != OURS else implementation.describe(self.training)
         return {"startup_s": startup_s, "peak_bytes": peak, "threads": torch.get_num_threads(), **described}
 
-    def losses(self, steps: int) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        return self.training.settings(*(rows[:1] for rows in self.batches[0]))
+
+    def losses(self, steps: int, fp32: bool = False) -> dict[str, Any]:
         from tritium.benchmarks import peers
 
-        self.training.load(peers.initial_weights(self.model, self.seed))
-        values = [self.training.step(*self.batches[i % len(self.batches)]) for i in range(steps)]
-        return {"losses": [value.item() for value in values]}
+        with self.training.in_fp32() if fp32 else contextlib.nullcontext():
+            self.training.load(peers.initial_weights(self.model, self.seed))
+            rows = 2 if fp32 else None
+            batches = [(ids[:rows], targets[:rows]) for ids, targets in self.batches]
+            values = [self.training.step(*batches[i % len(batches)]) for i in range(steps)]
+            return {"losses": [value.item() for value in values]}
 
     def step(self) -> dict[str, Any]:
         batch = self.batches[self.turn % len(self.batches)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tritium.benchmarks import peers
 from tritium.engine import train
-from tritium.engine.config import Config
+from tritium.engine.config import Config, KernelsConfig
 from tritium.engine.parallel import World
 from tritium.engine.step import MicroBatch, train_step
 
+PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 PARTS = {
     "ln_1": "norm1",
     "ln_2": "norm2",
@@ -52,6 +53,30 @@ class Training:
         for state in optimizer.state_dict().values():
             state.zero_()
 
+    def settings(self, ids: Tensor, targets: Tensor) -> dict[str, str]:
+        """What was built, as a peer tells it."""
+        groups, config = self.engine.optimizer.groups, self.engine.optimizer.config
+        return peers.settings(
+            precision={PRECISION[self.engine.dtype]}, lr={self.lr.item()}, beta1={config.beta1}, beta2={config.beta2},
+            eps={config.eps}, grad_clip={config.grad_clip},
+            decay_of_matrices={g.weight_decay for g in groups for p in g.params if p.ndim >= 2},
+            decay_of_vectors={g.weight_decay for g in groups for p in g.params if p.ndim < 2},
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def in_fp32(self) -> Iterator[None]:
+        """For the duration: the same model and optimizer uncompiled in fp32, by the reference's kernels, of which each
+        backend is held to in its own precision."""
+        saved = self.engine
+        plain = dataclasses.replace(self.config.train, precision="fp32", compile="false")
+        config = dataclasses.replace(self.config, train=plain, kernels=KernelsConfig(default="reference"))
+        try:
+            with self._settings():
+                self.engine = train.build(config, self.world)
+            yield
+        finally:
+            self.engine = saved
+
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean loss without a gradient, () fp32."""
         with torch.no_grad(), self._settings():
@@ -76,7 +101,7 @@ def build(config: Config, device: str = "cpu", B: int = 1, world: World | None =
 def describe(training: Training) -> dict[str, Any]:
     """For records: the settings that ``auto`` resolved to, and the kernel table."""
     engine = training.engine
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[engine.dtype]
+    precision = PRECISION[engine.dtype]
     mode = "compiled" if engine.compiled else "eager"
     variant = ", ".join([precision, mode, *(["deterministic"] if training.deterministic else [])])
     return {"variant": variant, "kernels": [dataclasses.asdict(row) for row in engine.table if row.phase == "train"]}

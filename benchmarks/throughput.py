@@ -2,10 +2,11 @@
 
     tritium bench peers [PRESET ...] [--T 256] [--B 2] [--rounds 10] [--peers textbook,litgpt]
 
-Every implementation trains in a process of its own (:mod:`arm`), one at a time. First each peer's variants are tried
-and the fastest kept; then it is checked that all of them compute the same thing (the losses of three steps from the
-same weights over the same batches: forward, backward, clipping and update); then they are timed, interleaved in
-rounds (:mod:`timing`). A comparison of different things is refused: exit status 1.
+Every implementation trains in a process of its own (:mod:`arm`), one at a time, in tritium's precision. First each
+peer's variants are tried and the fastest kept; then it is checked that all of them compute the same thing (precision,
+optimizer, and the losses of three steps from the same weights over the same batches: forward, backward, clipping and
+update; where they train in bf16, also in fp32, whose losses differ by less); then they are timed, interleaved in rounds
+(:mod:`timing`). A comparison of different things is refused: exit status 1.
 
 A peer that does not implement the preset's model is compared at the nearest that it does (``fit`` of its module), with
 an arm of tritium of just that model, in the same rounds; tables name the model. A peer that cannot run says why; where
@@ -27,11 +28,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from tritium.benchmarks import peers, record, timing
 from tritium.benchmarks.arm import OURS, ArmError, ArmProcess
+from tritium.benchmarks.ours import PRECISION
 from tritium.engine import allocator, presets
 from tritium.engine.config import Config
 from tritium.engine.metrics import flops_per_token
+from tritium.engine.precision import resolve
 from tritium.kernels.op import nearest
 
 RESULTS = record.ROOT / "benchmarks" / "results" if record.IN_SOURCE_TREE else pathlib.Path("benchmark-results")
@@ -41,15 +46,17 @@ SHAPES = {
 }  # (T, B)
 VOCAB_SIZE = 1024  # for a preset that takes its vocabulary from the data: what the tiny preset's tokenizer has
 LOSS_STEPS = 3
-LOSS_BOUNDS = {"fp32": 1e-4, "bf16": 2e-3}  # relative, on every step's loss
+LOSS_BOUNDS = {"fp32": 2e-5, "bf16": 2e-3}  # relative, on every step's loss
 NEAR = 0.05  # a variant this close to its peer's best in the screening is timed as well,
 FINALISTS = 2  # up to so many of BASELINE and of MEASURE; of the other peers the best
 
 ARM: record.Schema = {
     "peer": str,  # "tritium" or a name in peers.NAMES
     "variant": str,
+    "settings": {str: str},  # precision and the optimizer's numbers, read from what was built; equal in all arms
     "model": str,  # a key of settings.models
     "losses": [record.NUMBER],  # of LOSS_STEPS steps from the common weights
+    "losses_fp32": [record.NUMBER],  # the same uncompiled in fp32, over two rows at most; [] where it trains in fp32
     "warm_up": {"runs": int, "stable": bool},
     "tokens_per_s": record.NUMBER,  # B·T over the median step
     "times": {
@@ -79,7 +86,7 @@ SCHEMA: record.Schema = {
     "arms": {str: ARM},
     "best_peer": str,  # the key of the arm that ours of the same model beats by least
     "speedup": {str: INTERVAL},  # ours of the same model over each of the other arms
-    "void": [str],  # peers that are no baseline, since another of the same model is faster: see the checks
+    "void": {str: str},  # peer that is no baseline, since another of the same model is faster → by how much
     "peers_absent": {str: str},  # peer → why it could not run
 }  # fmt: skip
 METHOD = (
@@ -90,7 +97,7 @@ METHOD = (
 )
 
 
-class UnequalLoss(RuntimeError):
+class Different(RuntimeError):
     """The arms do not compute the same thing; the message says which and by how much."""
 
 
@@ -121,28 +128,30 @@ def bench_train(
     """Compare training throughput; returns the record (:data:`SCHEMA`).
 
     screening_steps: timed steps of each variant when choosing among a peer's; 0 takes the first variant of each.
-    Raises UnequalLoss, ArmError when ours fails, and ValueError when no peer can be compared with.
+    Raises Different, ArmError when ours fails, and ValueError when no peer can be compared with.
     """
     result = record.begin("throughput", command, device, config.name)
+    dtype = resolve(config.train.precision, torch.device(device))  # once: auto is measured, and all arms shall be alike
+    config = config.replace(train={"precision": PRECISION[dtype]})
     fits, absent = fitted(config, peer_names, device)
     for name, reason in absent.items():
         _say(f"{name} is left out: {reason}")
     run = _Run(T, B, device, seed)
+    facts: dict[str, dict[str, Any]] = {}
+    samples: dict[str, timing.Samples] = {}
     with tempfile.TemporaryDirectory(prefix="tritium-bench-") as folder:
         run.folder = pathlib.Path(folder)
-        screening, finalists, failed = run.screen(fits, screening_steps)
-        absent |= failed
-        if not finalists:
-            reasons = "; ".join(f"{name} {reason}" for name, reason in absent.items())
-            raise ValueError(f"there is no peer to compare with: {reasons}")
-        used = {fit.config.name: fit for name, fit in fits.items() if name not in absent}
-        facts: dict[str, dict[str, Any]] = {}
-        samples: dict[str, timing.Samples] = {}
-        for model, fit in used.items():  # one model after the other: a process holds its model as long as it lives
-            entries = [(OURS, None), *((n, v) for n, v in finalists if fits[n].config.name == model)]
-            found, taken = run.compare(fit, entries, rounds)
+        models = {fit.config.name: fit for fit in fits.values()}
+        for model, fit in models.items():  # one after the other: a process holds its model as long as it lives
+            names = [name for name, other in fits.items() if other.config.name == model]
+            found, taken = run.compare(fit, names, screening_steps, rounds)
             facts |= found
             samples |= taken
+    absent |= run.failed
+    if not facts:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in absent.items())
+        raise ValueError(f"there is no peer to compare with: {reasons}")
+    used = {fit.config.name: fit for name, fit in fits.items() if name not in absent}
     ours = {fact["model"]: key for key, fact in facts.items() if fact["peer"] == OURS}
     worst = max(
         abs(a - b) / abs(a)
@@ -166,12 +175,11 @@ def bench_train(
     result["sources"] = record.sources(
         (row["op"], row["backend"]) for key in ours.values() for row in facts[key]["kernels"]
     )
-    result["checks"].append(record.check("equal losses", True, f"worst relative difference {worst:g}"))
-    void = []
-    kept_up = keeps_up(facts, samples)
-    if kept_up is not None:
-        result["checks"].append(kept_up)
-        void += [] if kept_up["ok"] else [BASELINE]
+    result["checks"] += [
+        record.check("equal precision and optimizer", True, _words(next(iter(facts.values()))["settings"])),
+        record.check("equal losses", True, f"worst relative difference {worst:g}"),
+    ]
+    void = falls_behind(facts, samples)
     contenders = [key for key in speedup if facts[key]["peer"] not in void]
     return result | {
         "settings": {
@@ -186,10 +194,10 @@ def bench_train(
             },
         },
         "method": METHOD,
-        "screening": screening,
+        "screening": run.screening,
         "equal_loss": {"ok": True, "worst_relative": worst, "problems": []},
         "arms": facts,
-        "best_peer": min(contenders, key=lambda key: speedup[key].median),
+        "best_peer": min(contenders or speedup, key=lambda key: speedup[key].median),
         "speedup": {key: ratio.to_json() for key, ratio in speedup.items()},
         "void": void,
         "peers_absent": absent,
@@ -220,22 +228,24 @@ def fitted(config: Config, names: Sequence[str], device: str) -> tuple[dict[str,
     return fits, absent
 
 
-def keeps_up(facts: Mapping[str, dict[str, Any]], samples: Mapping[str, timing.Samples]) -> dict[str, Any] | None:
-    """The check that plain PyTorch is a baseline: at least as fast as transformers compiled, each in its fastest form.
-
-    It fails where the whole interval of the ratio is below 1. None where one of the two was not timed.
+def falls_behind(facts: Mapping[str, dict[str, Any]], samples: Mapping[str, timing.Samples]) -> dict[str, str]:
+    """{BASELINE: why it is void}: plain PyTorch is a baseline only where it is at least as fast as transformers
+    compiled, each in its fastest form. Void it is where the whole interval of the ratio is below 1, and where there
+    is nothing to hold it to; {} otherwise.
     """
     best = {}
     for name in (BASELINE, MEASURE):
         keys = [key for key, fact in facts.items() if fact["peer"] == name]
-        if not keys:
-            return None
-        best[name] = samples[min(keys, key=lambda key: samples[key].median_ms)]
+        if keys:
+            best[name] = samples[min(keys, key=lambda key: samples[key].median_ms)]
+    if BASELINE not in best:
+        return {}
+    if MEASURE not in best:
+        return {BASELINE: f"it has to be at least as fast as {MEASURE}, compiled, which was not timed"}
     ratio = timing.speedup(best[BASELINE], best[MEASURE])
-    return record.check(
-        f"{BASELINE} is at least as fast as {MEASURE}, compiled", ratio.high >= 1.0,
-        f"{ratio} × its speed; below 1 with its whole interval it is void as a baseline",
-    )  # fmt: skip
+    if ratio.high >= 1.0:
+        return {}
+    return {BASELINE: f"it has to be at least as fast as {MEASURE}, compiled, and is {ratio} × as fast"}
 
 
 @dataclasses.dataclass
@@ -248,6 +258,8 @@ class _Run:
     seed: int
     folder: pathlib.Path = pathlib.Path()
     spawned: int = 0
+    screening: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # peer → why no variant of it runs
 
     def process(self, name: str, variant: peers.Variant | None, cache: str = "") -> ArmProcess:
         """A process for an arm. cache: name of a folder of compiled code shared by arms; "": its own, empty one."""
@@ -258,30 +270,29 @@ class _Run:
         settings = None if variant is None else dataclasses.asdict(variant)
         return ArmProcess(name, settings, compiled, place / "stderr.txt")
 
-    def start(self, arm: ArmProcess, config: Config) -> dict[str, Any]:
-        return arm.start(config, self.B, self.T, self.device, self.seed)
-
     def compare(
-        self, fit: Fit, entries: Sequence[tuple[str, peers.Variant | None]], rounds: int
+        self, fit: Fit, names: Sequence[str], screening_steps: int, rounds: int
     ) -> tuple[dict[str, dict[str, Any]], dict[str, timing.Samples]]:
-        """Start the arms of one model, check that they compute the same thing and time them: ARM without its figures,
-        and the timings, by key. UnequalLoss where the losses differ from the first arm's."""
-        facts: dict[str, dict[str, Any]] = {}
+        """Try the peers of one model, start the fastest anew and time them beside tritium: ARM without its figures, and
+        the timings, by key; both empty where no peer runs. Different where an arm is not like tritium's."""
         with contextlib.ExitStack() as stack:
             arms: dict[str, ArmProcess] = {}
-            for name, variant in entries:
+            facts: dict[str, dict[str, Any]] = {}
+
+            def begin(name: str, variant: peers.Variant | None) -> dict[str, Any]:
                 arm = stack.enter_context(self.process(name, variant))
-                started = self.start(arm, fit.config)
-                key = f"{name}: {started['variant']}" + (f" [{fit.words}]" if fit.words else "")
-                arms[key], facts[key] = arm, {"peer": name, "model": fit.config.name, **started}
-                facts[key]["losses"] = arm.losses(LOSS_STEPS)
-                _say(f"{key}: first step done after {started['startup_s']:.1f} s, losses {facts[key]['losses']}")
-            equal = equal_losses({key: (fact["losses"], fact["variant"]) for key, fact in facts.items()})
-            if not equal["ok"]:
-                raise UnequalLoss(
-                    "these do not compute the same thing, so their speeds are not compared:\n  "
-                    + "\n  ".join(equal["problems"])
-                )
+                fact = self.begin(arm, fit)
+                key = f"{name}: {fact['variant']}" + (f" [{fit.words}]" if fit.words else "")
+                arms[key], facts[key] = arm, fact
+                _say(f"{key}: first step done after {fact['startup_s']:.1f} s, losses {fact['losses']}")
+                return fact
+
+            ours = begin(OURS, None)
+            finalists = [(n, v) for n in names for v in self.screen(n, fit, ours, screening_steps)]
+            if not finalists:
+                return {}, {}
+            for name, variant in finalists:
+                require_alike(ours, begin(name, variant))
             for key, arm in arms.items():
                 warm = timing.warm_up(arm.step_ms)
                 facts[key]["warm_up"] = {"runs": warm.runs, "stable": warm.stable}
@@ -289,50 +300,52 @@ class _Run:
             samples = timing.interleave(steps, rounds, lambda done: _say(f"round {done} of {rounds}"))
         return facts, samples
 
-    def screen(
-        self, fits: Mapping[str, Fit], steps: int
-    ) -> tuple[list[dict[str, Any]], list[tuple[str, peers.Variant]], dict[str, str]]:
-        """Try the variants of each peer; returns what was seen, the variants to compare with, and the peers of which
-        none runs, with the reasons."""
-        seen: list[dict[str, Any]] = []
-        finalists: list[tuple[str, peers.Variant]] = []
-        failed: dict[str, str] = {}
-        for name, fit in fits.items():
-            variants = peers.peer(name).variants(self.device)
-            if steps == 0:
-                finalists.append((name, variants[0]))
-                continue
-            speeds: dict[peers.Variant, float] = {}
-            for variant in variants:
-                self._try(name, variant, fit.config, steps, seen, speeds)
-            if not speeds:
-                failed[name] = "no variant of it runs here: " + "; ".join(
-                    row["problem"] for row in seen if row["peer"] == name
-                )
-                continue
-            count = FINALISTS if name in (BASELINE, MEASURE) else 1
-            shipped = _fastest(speeds, count)
-            if self.device == "cpu" and allocator.why_not() is None:  # what tritium has is offered to every peer
-                for variant in shipped:
-                    self._try(name, dataclasses.replace(variant, keep_memory=True), fit.config, steps, seen, speeds)
-            finalists += [(name, v) for v in dict.fromkeys([*_fastest(speeds, count), shipped[0]])]
-        return seen, finalists, failed
+    def begin(self, arm: ArmProcess, fit: Fit) -> dict[str, Any]:
+        """Build an arm and see what it computes: ARM without what is timed."""
+        started = arm.start(fit.config, self.B, self.T, self.device, self.seed)
+        settings = arm.settings()
+        exact = arm.losses(LOSS_STEPS, fp32=True) if settings["precision"] != "fp32" else []
+        return {
+            "peer": arm.name, "model": fit.config.name, **started, "settings": settings, "losses_fp32": exact,
+            "losses": arm.losses(LOSS_STEPS),
+        }  # fmt: skip
+
+    def screen(self, name: str, fit: Fit, ours: Mapping[str, Any], steps: int) -> list[peers.Variant]:
+        """Try the variants of a peer; returns those to compare with. Where none runs, the reasons are in ``failed``."""
+        variants = peers.variants_in(name, self.device, fit.config.train.precision)
+        if steps == 0:
+            return variants[:1]
+        speeds: dict[peers.Variant, float] = {}
+        for variant in variants:
+            self._try(name, variant, fit, ours, steps, speeds)
+        if not speeds:
+            problems = [row["problem"] for row in self.screening if row["peer"] == name]
+            self.failed[name] = "no variant of it runs here: " + "; ".join(problems)
+            return []
+        main = name in (BASELINE, MEASURE)
+        shipped = _fastest(speeds, FINALISTS if main else 1)
+        if self.device == "cpu" and allocator.why_not() is None:  # what tritium has is offered to every peer
+            for variant in shipped:
+                self._try(name, dataclasses.replace(variant, keep_memory=True), fit, ours, steps, speeds)
+        best = _fastest(speeds, FINALISTS if main else 1)
+        return list(dict.fromkeys([*best, shipped[0]])) if main else best
 
     def _try(
-        self, name: str, variant: peers.Variant, config: Config, steps: int, seen: list[dict[str, Any]],
+        self, name: str, variant: peers.Variant, fit: Fit, ours: Mapping[str, Any], steps: int,
         speeds: dict[peers.Variant, float],
     ) -> None:  # fmt: skip
-        """Time a few steps of a variant in a process of its own; a row to ``seen`` and, where it runs, its tokens/s."""
+        """Time a few steps of a variant in a process of its own, once it is known to compute what ours does; a row of
+        ``screening`` and, where it runs, its tokens/s."""
         row: dict[str, Any] = {"peer": name, "variant": str(variant), "tokens_per_s": None, "problem": None}
         try:
             with self.process(name, variant, "screening_cache") as arm:
-                self.start(arm, config)
+                require_alike(ours, self.begin(arm, fit))
                 timing.warm_up(arm.step_ms, limit_runs=10)
                 speeds[variant] = 1e3 * self.B * self.T / statistics.median(arm.step_ms() for _ in range(steps))
                 row["tokens_per_s"] = speeds[variant]
         except ArmError as error:  # a variant that does not run here is recorded, and no reason to stop
             row["problem"] = str(error)
-        seen.append(row)
+        self.screening.append(row)
         _say(f"screening {name}: {variant}: {row['problem'] or format(speeds[variant], '.0f') + ' tokens/s'}")
 
 
@@ -340,6 +353,30 @@ def _fastest(speeds: Mapping[peers.Variant, float], count: int) -> list[peers.Va
     """The fastest variant and those NEAR to it, ``count`` at most."""
     ranked = sorted(speeds, key=lambda v: -speeds[v])[:count]
     return [v for v in ranked if speeds[v] >= (1 - NEAR) * speeds[ranked[0]]]
+
+
+def require_alike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Different where an arm's settings or losses are not those of tritium's arm of the same model."""
+    pair = {f"{fact['peer']}: {fact['variant']}": fact for fact in (ours, theirs)}
+    mine, other = pair
+    found = [
+        f"{name}: {mine} has {wanted}, {other} {theirs['settings'].get(name)}"
+        for name, wanted in ours["settings"].items()
+        if theirs["settings"].get(name) != wanted
+    ]
+    if not found:
+        exact = equal_losses({key: (fact["losses_fp32"], "fp32") for key, fact in pair.items()})
+        own = equal_losses({key: (fact["losses"], fact["settings"]["precision"]) for key, fact in pair.items()})
+        found = [f"in fp32, uncompiled: {problem}" for problem in exact["problems"]] + own["problems"]
+    if found:
+        raise Different(
+            f"these do not compute the same thing at {ours['model']}, so their speeds are not compared; mend the "
+            "peer's adapter or its package, or leave it out (--peers):\n  " + "\n  ".join(found)
+        )
+
+
+def _words(settings: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def equal_losses(arms: Mapping[str, tuple[Sequence[float], str]]) -> dict[str, Any]:
@@ -383,6 +420,7 @@ def table(result: dict[str, Any]) -> str:
         lines += [_row(result, key, arm) for key, arm in sorted(arms, key=lambda item: item[1]["times"]["p50_ms"])]
         lines.append("")
     lines += [f"{name} is left out: {reason}." for name, reason in result["peers_absent"].items()]
+    lines += [f"{name} is void as a baseline: {reason}." for name, reason in _void(result).items()]
     lines += [f"NOT SO: {check['name']} ({check['detail']})." for check in result["checks"] if not check["ok"]]
     return "\n".join(lines).rstrip()
 
@@ -394,18 +432,24 @@ def _row(result: dict[str, Any], key: str, arm: dict[str, Any]) -> str:
     cells = [key, f"{arm['tokens_per_s']:.0f}"]
     if arm["peer"] == OURS:
         cells = [f"**{cell}**" for cell in cells]
-    elif arm["peer"] in result.get("void", []):
+    elif arm["peer"] in _void(result):
         cells[0] += " (void as a baseline)"
     cells += [faster, f"{arm['startup_s']:.1f}", f"{arm['peak_bytes'] / 2**30:.2f}"]
     return "| " + " | ".join(cells) + " |"
 
 
+def _void(result: dict[str, Any]) -> dict[str, str]:
+    return result.get("void", {})  # version 1 had none
+
+
 def verdict(result: dict[str, Any]) -> str:
     """One sentence: against the best peer, with the interval's lower bound."""
     ratio = result["speedup"][result["best_peer"]]
+    void = result["arms"][result["best_peer"]]["peer"] in _void(result)
     sure = "its lower bound is above 1" if ratio["low"] > 1.0 else "its lower bound is NOT above 1"
     return (
-        f"{result['settings']['preset']}: tritium is {ratio['median']:.3f} × as fast as the best peer "
+        f"{result['settings']['preset']}: tritium is {ratio['median']:.3f} × as fast as "
+        f"{'the only one, which is no baseline' if void else 'the best peer'} "
         f"({result['best_peer']}), 95 % interval [{ratio['low']:.3f}, {ratio['high']:.3f}]: {sure}"
     )
 
@@ -495,8 +539,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(made, a)
     device = a.device
     if device == "auto":
-        import torch
-
         device = "cuda" if torch.cuda.is_available() else "cpu"
     names = a.presets or list(SHAPES[device])
     status = 0
@@ -514,15 +556,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 config, T, B, rounds=a.rounds, device=device, peer_names=a.peers.split(","),
                 screening_steps=a.screening_steps, seed=a.seed, command=command,
             )  # fmt: skip
-        except (UnequalLoss, ArmError, ValueError) as error:
+        except (Different, ArmError, ValueError) as error:
             _say(f"{name}: {error}")
             status = 1
             continue
         path = save(result, a.out or results_folder(result))
         print(f"\n{table(result)}\n\n{verdict(result)}\nwritten: {path}", flush=True)
-        for check in result["checks"]:
-            if not check["ok"]:
-                _say(f"{name}: NOT SO: {check['name']} ({check['detail']})")
         lacking = {peer: reason for peer, reason in result["peers_absent"].items() if peer in peers.REQUIRED}
         for peer, reason in lacking.items():
             others = ",".join(other for other in a.peers.split(",") if other != peer)

@@ -6,7 +6,8 @@ A peer is a module with
     why_not(device) -> str | None                 None = can run here; otherwise one sentence: rule, value, remedy
     fit(model) -> (GPTConfig, str)                the nearest model that it implements, and the name of that model's
                                                   parts; "" where it implements the model itself
-    variants(device) -> list[Variant]             the settings worth trying; the fastest represents the peer
+    variants(device) -> list[Variant]             the settings worth trying, likeliest first; the fastest in tritium's
+                                                  precision represents the peer (:func:`variants_in`)
     build(config, variant, device, optim) -> Training
 
 Weights travel in one common naming, that of the published GPT-2 checkpoints (``wte.weight``,
@@ -21,18 +22,21 @@ import dataclasses
 import importlib
 import importlib.metadata
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritium.engine.config import GPTConfig, OptimConfig
 from tritium.engine.precision import bf16_gain_on_cpu
 
 NAMES = ("textbook", "huggingface", "huggingface_eager", "huggingface_liger", "litgpt", "torchtitan")
 REQUIRED = ("textbook", "huggingface", "litgpt")  # run on any device: a comparison without one of them is not whole
+AUTOTUNE = "max-autotune-no-cudagraphs"
 INSTALL = "pip install 'tritium[peers]'"
 
 
@@ -43,12 +47,21 @@ def peer(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def variants_in(name: str, device: str, precision: str) -> list[Variant]:
+    """The peer's variants in ``precision``; where it has none, since that is slow here, its others put into it."""
+    variants = peer(name).variants(device)
+    found = [variant for variant in variants if variant.precision == precision]
+    others = (dataclasses.replace(variant, precision=precision, matmul="highest") for variant in variants)
+    return found or list(dict.fromkeys(others))
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to set a peer up.
 
     precision: "fp32", or "bf16" for autocast over fp32 weights. matmul: torch.set_float32_matmul_precision of the
-    process. padded: the token table has a multiple of 128 rows, and the loss leaves the surplus out. compile:
+    process; what is below "highest" lets products of fp32 be computed in less, so that fp32 would not be tritium's.
+    padded: the token table has a multiple of 128 rows, and the loss leaves the surplus out. compile:
     "false", or a mode of torch.compile. extra: the peer's own option. keep_memory: on a CPU, the C library keeps freed
     memory in the process, as tritium has it (engine/allocator.py); a user of the peer would have to know to set it.
     """
@@ -89,10 +102,10 @@ class Training:
         self.module, self.device, self.optim, self.attention = module, device, optim, attention
         self.bf16 = variant.precision == "bf16"
         self.rename = rename
-        mode = None if variant.compile == "default" else variant.compile
-        self.forward = (
-            loss if variant.compile == "false" else torch.compile(loss, dynamic=False, fullgraph=True, mode=mode)
-        )
+        self.uncompiled = self.forward = loss
+        if variant.compile != "false":
+            mode = None if variant.compile == "default" else variant.compile
+            self.forward = torch.compile(loss, dynamic=False, fullgraph=True, mode=mode)
         self.optimizer = self._optimizer()
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -109,6 +122,42 @@ class Training:
         """Take weights in the common naming and start the optimizer anew; every parameter must be given."""
         assign(dict(self.module.named_parameters()), self.rename(weights))
         self.optimizer = self._optimizer()
+
+    def settings(self, ids: Tensor, targets: Tensor) -> dict[str, str]:
+        """What was built, for comparison with other implementations: the precision as its products show it, and the
+        optimizer's numbers."""
+        seen = Products()
+        with self._uncompiled(), torch.no_grad(), seen:
+            self._mean_loss(ids, targets)
+        groups = self.optimizer.param_groups
+        return settings(
+            precision=seen.dtypes, lr={g["lr"] for g in groups}, beta1={g["betas"][0] for g in groups},
+            beta2={g["betas"][1] for g in groups}, eps={g["eps"] for g in groups}, grad_clip={self.optim.grad_clip},
+            decay_of_matrices={g["weight_decay"] for g in groups for p in g["params"] if p.ndim >= 2},
+            decay_of_vectors={g["weight_decay"] for g in groups for p in g["params"] if p.ndim < 2},
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _uncompiled(self) -> Iterator[None]:
+        saved = self.forward
+        self.forward = self.uncompiled
+        try:
+            yield
+        finally:
+            self.forward = saved
+
+    @contextlib.contextmanager
+    def in_fp32(self) -> Iterator[None]:
+        """For the duration: uncompiled, and fp32 throughout, whatever the variant."""
+        bf16, matmul = self.bf16, torch.get_float32_matmul_precision()
+        self.bf16 = False
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with self._uncompiled():
+                yield
+        finally:
+            self.bf16 = bf16
+            torch.set_float32_matmul_precision(matmul)
 
     def _mean_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         with self.attention(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
@@ -127,6 +176,29 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+
+class Products(TorchDispatchMode):
+    """While it is active: the dtypes in which matrices are multiplied and attention is computed, as "fp32", "bf16"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "baddbmm") or "scaled_dot_product" in name:
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            self.dtypes |= {{torch.float32: "fp32", torch.bfloat16: "bf16"}.get(t.dtype, str(t.dtype)) for t in tensors}
+        return func(*args, **(kwargs or {}))
+
+
+def settings(**found: Set[str | float]) -> dict[str, str]:
+    """What has to be equal beside the losses: name → all values that it has in an implementation, in six digits."""
+    return {
+        name: " and ".join(sorted(value if isinstance(value, str) else f"{value:.6g}" for value in values))
+        for name, values in found.items()
+    }
 
 
 def gpt2(model: GPTConfig) -> tuple[GPTConfig, str]:

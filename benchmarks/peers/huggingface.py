@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritium.benchmarks import peers
-from tritium.benchmarks.peers import Training, Variant, fast_bf16
+from tritium.benchmarks.peers import AUTOTUNE, Training, Variant, fast_bf16
 from tritium.engine.config import GPTConfig, OptimConfig
 
 NAME = "transformers"
@@ -31,26 +31,23 @@ def why_not(device: str = "cpu") -> str | None:
 
 
 def variants(device: str) -> list[Variant]:
-    """Precisions, matmul settings, table sizes, attention and loss that a user would try on this device."""
+    """Precisions, table sizes, attentions, losses and compilations that a user would try on this device."""
     if device == "cuda":
         return [
             Variant("bf16", "high", padded, extra=extra)
             for padded, extra in ((True, CAUSAL), (False, CAUSAL), (False, CAUSAL_OWN_LOSS))
         ]
-    found = [
-        Variant("fp32", "medium", True, extra=""),
-        Variant("fp32", "medium", False, extra=OWN_LOSS),
-        Variant("fp32", "medium", True, extra=CAUSAL),
-        Variant("fp32", "medium", False, extra=CAUSAL_OWN_LOSS),
-        Variant("fp32", "highest", True, extra=CAUSAL),
-        Variant("fp32", "medium", True, "max-autotune-no-cudagraphs", extra=CAUSAL),
+    return [
+        Variant(precision, padded=padded, compile=mode, extra=extra)
+        for precision in ("fp32", *(["bf16"] if fast_bf16(device) else []))
+        for padded, mode, extra in (
+            (True, "default", CAUSAL),
+            (False, "default", CAUSAL),
+            (False, "default", CAUSAL_OWN_LOSS),
+            (False, "default", OWN_LOSS),
+            (True, AUTOTUNE, CAUSAL),
+        )
     ]
-    if fast_bf16(device):
-        found += [
-            Variant("bf16", "medium", True, extra=CAUSAL),
-            Variant("bf16", "medium", False, extra=CAUSAL_OWN_LOSS),
-        ]
-    return found
 
 
 def register_causal_sdpa() -> str:

@@ -14,7 +14,7 @@ def variants(device: str) -> list[Variant]:
     """Its own loss over the exact vocabulary, and the padded table; eager transformers hands SDPA no mask by itself."""
     precisions = [] if device == "cuda" else ["fp32"]
     precisions += ["bf16"] if device == "cuda" or fast_bf16(device) else []
-    matmul = "high" if device == "cuda" else "medium"
+    matmul = "high" if device == "cuda" else "highest"
     return [
         Variant(precision, matmul, padded, "false", extra)
         for precision in precisions

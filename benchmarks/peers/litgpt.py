@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritium.benchmarks import peers
-from tritium.benchmarks.peers import Training, Variant, fast_bf16
+from tritium.benchmarks.peers import AUTOTUNE, Training, Variant, fast_bf16
 from tritium.engine.config import GPTConfig, OptimConfig
 
 NAME = "litgpt"
@@ -46,17 +46,19 @@ def fit(model: GPTConfig) -> tuple[GPTConfig, str]:
 
 
 def variants(device: str) -> list[Variant]:
-    """Precisions, matmul settings and losses that a user would try on this device."""
+    """Precisions, table sizes, losses and compilations that a user would try on this device."""
     if device == "cuda":
         return [Variant("bf16", "high", True), Variant("bf16", "high", False, extra=OWN_LOSS)]
-    found = [
-        Variant("fp32", "medium", True),
-        Variant("fp32", "medium", False, extra=OWN_LOSS),
-        Variant("fp32", "medium", True, "max-autotune-no-cudagraphs"),
+    return [
+        Variant(precision, padded=padded, compile=mode, extra=extra)
+        for precision in ("fp32", *(["bf16"] if fast_bf16(device) else []))
+        for padded, mode, extra in (
+            (True, "default", ""),
+            (False, "default", ""),
+            (False, "default", OWN_LOSS),
+            (True, AUTOTUNE, ""),
+        )
     ]
-    if fast_bf16(device):
-        found += [Variant("bf16", "medium", True), Variant("bf16", "medium", False, extra=OWN_LOSS)]
-    return found
 
 
 def build(

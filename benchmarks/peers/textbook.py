@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritium.benchmarks import peers
-from tritium.benchmarks.peers import Training, Variant, fast_bf16
+from tritium.benchmarks.peers import AUTOTUNE, Training, Variant, fast_bf16
 from tritium.engine.config import GPTConfig, OptimConfig
 
 NAME = "plain PyTorch"
@@ -71,21 +71,19 @@ def why_not(device: str = "cpu") -> str | None:
 
 
 def variants(device: str) -> list[Variant]:
-    """Precisions, matmul settings, table sizes and loss precisions that a user would try on this device."""
+    """Precisions, table sizes, loss precisions and compilations that a user would try on this device."""
     if device == "cuda":
         return [
             Variant("bf16", "high", padded, extra=upcast)
             for padded in (True, False)
             for upcast in ("", "logits upcast")
         ]
-    found = [Variant("fp32", "highest", True), Variant("fp32", "medium", True), Variant("fp32", "highest", False)]
-    found.append(Variant("fp32", "medium", True, "max-autotune-no-cudagraphs"))
+    found = [Variant(), Variant(padded=False), Variant(compile=AUTOTUNE)]
     if fast_bf16(device):
         found += [
-            Variant("bf16", "medium", padded, extra=upcast)
-            for padded in (True, False)
-            for upcast in ("", "logits upcast")
+            Variant("bf16", padded=padded, extra=upcast) for padded in (True, False) for upcast in ("", "logits upcast")
         ]
+        found.append(Variant("bf16", compile=AUTOTUNE))
     return found
 
 

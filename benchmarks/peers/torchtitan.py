@@ -55,13 +55,14 @@ def fit(model: GPTConfig) -> tuple[GPTConfig, str]:
 
 
 def variants(device: str) -> list[Variant]:
-    """Precisions, matmul settings and forms of the rotation that a user would try on this device."""
+    """Precisions, table sizes and forms of the rotation that a user would try on this device."""
     if device == "cuda":
         return [Variant("bf16", "high", True), Variant("bf16", "high", True, extra=COMPLEX)]
-    found = [Variant("fp32", "medium", True), Variant("fp32", "medium", True, extra=COMPLEX)]
-    if fast_bf16(device):
-        found.append(Variant("bf16", "medium", True))
-    return found
+    return [
+        Variant(precision, padded=padded, extra=extra)
+        for precision in ("fp32", *(["bf16"] if fast_bf16(device) else []))
+        for padded, extra in ((True, ""), (False, ""), (True, COMPLEX))
+    ]
 
 
 def build(
