@@ -3,7 +3,7 @@
 Every launcher asks its module's ``config(...)`` for a tile. A :class:`Variant` puts another one in its place for a
 while, with plans of its own, so that tiles are timed interleaved in one process. A tile is held to the contract before
 it is timed, each in a process that it may spoil (:mod:`workers`), and must agree with the launcher's own on the case
-that is timed. Launchers do not read what is written here; kernels/tuning/tiles/ARCH.json says what they should have.
+that is timed. The best are written to kernels/tuning/tiles/DEVICE.json, where launchers on such a device find them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import json
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -26,15 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritium.benchmarks import kernels, record, timing, workers
+from tritium.benchmarks import kernels, timing, workers
 from tritium.benchmarks.gpu_baseline import Bench
 from tritium.kernels import contract
+from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.ops import OPS
 from tritium.kernels.site import Machine
 
 Changes = Mapping[str, int | str]  # field of the tile → another value, or "x2" or "/2" of the launcher's own
 AGREE = 8.0  # roundoffs of the largest element, between two tiles' results: another order of summation, no more
 WARPS: tuple[Changes, ...] = ({"num_warps": "/2"}, {"num_warps": "x2"})
+NORMS, POINTWISE = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"), ("gelu", "swiglu", "geglu", "relu2")
 ROWS: tuple[Changes, ...] = ({"BLOCK_N": "x2"}, {"BLOCK_N": "/2"}, {"BLOCK_N": "x2", "num_warps": "x2"})
 
 
@@ -43,7 +46,7 @@ class Part:
     """One choice of a launcher: calls of ``function`` in ``module`` whose arguments have the values ``when``.
 
     what: which of kernels.kinds() is timed. case: on which case. gate: small cases whose tiles are chosen by the same
-    calls.
+    calls. also: further ops whose launchers ask by the same calls: the tile is held to their contract too.
     """
 
     op: str
@@ -55,6 +58,7 @@ class Part:
     candidates: tuple[Changes, ...]
     when: Mapping[str, Any] = field(default_factory=dict)
     function: str = "config"
+    also: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -63,36 +67,39 @@ class Part:
 
 def _attention(head: int, case: str) -> tuple[Part, ...]:
     """The three kernels at one width of heads."""
-    module, gate = "tritium.kernels.attention.impl_triton", (f"head_{head}",)
+    module, gate, also = "tritium.kernels.attention.impl_triton", (f"head_{head}",), ("attention_lse",)
     return (
         Part("attention", "forward", module, "forward", case, gate, (
             {"BLOCK_N": 128, "num_stages": 2}, {"num_stages": 2}, {"num_stages": 4}, {"num_warps": 4},
             {"BLOCK_M": 64, "num_warps": 4}, {"BLOCK_N": 32, "num_stages": 4},
-        ), {"kernel": "forward", "D": head}),
+        ), {"kernel": "forward", "D": head}, also=also),
         Part("attention", "backward_keys", module, "forward+backward", case, gate, (
             {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8}, {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8},
             {"num_stages": 3}, {"num_warps": 8}, {"BLOCK_M": 32, "BLOCK_N": 64},
-        ), {"kernel": "backward_keys", "D": head}),
+        ), {"kernel": "backward_keys", "D": head}, also=also),
         Part("attention", "backward_queries", module, "forward+backward", case, gate, (
             {"BLOCK_M": 128, "num_warps": 8, "num_stages": 2}, {"BLOCK_N": 32}, {"num_warps": 8}, {"num_stages": 2},
             {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8},
-        ), {"kernel": "backward_queries", "D": head}),
+        ), {"kernel": "backward_queries", "D": head}, also=also),
     )  # fmt: skip
 
 
 def _norm(op: str, case: str) -> tuple[Part, ...]:
     module, gate = "tritium.kernels.lib.triton_norms", ("odd", "gpt2_width", "many_rows")
     programs: tuple[Changes, ...] = ({"programs": "x2"}, {"programs": "/2"}, {"STAGES": 2}, {"STAGES": 4})
+    also = tuple(name for name in NORMS if name != op and name.startswith("add_") == op.startswith("add_"))
+    backward = WARPS + ROWS + programs
     return (
-        Part(op, "forward", module, "forward", case, gate, WARPS + ROWS, {"backward": False}),
-        Part(op, "backward", module, "forward+backward", case, gate, WARPS + ROWS + programs, {"backward": True}),
+        Part(op, "forward", module, "forward", case, gate, WARPS + ROWS, {"backward": False}, also=also),
+        Part(op, "backward", module, "forward+backward", case, gate, backward, {"backward": True}, also=also),
     )
 
 
 def _pointwise(op: str, case: str) -> tuple[Part, ...]:
     module, gate = "tritium.kernels.lib.triton_pointwise", ("odd", "several_tiles")
     narrower: Changes = {"BLOCK_F": "/2", "BLOCK_N": "x2"}
-    return (Part(op, "tile", module, "forward+backward", case, gate, (*WARPS, *ROWS, narrower)),)
+    also = tuple(name for name in POINTWISE if name != op)
+    return (Part(op, "tile", module, "forward+backward", case, gate, (*WARPS, *ROWS, narrower), also=also),)
 
 
 PARTS = (
@@ -101,7 +108,8 @@ PARTS = (
     *_norm("add_layer_norm", "gpt2_124m"),
     Part("cross_entropy", "tile", "tritium.kernels.cross_entropy.impl_triton", "forward+backward", "gpt2_16k",
          ("odd", "padded", "smoothing"),
-         ({"BLOCK_V": "x2"}, {"BLOCK_V": "/2"}, *WARPS, {"BLOCK_V": "x2", "num_warps": "x2"})),
+         ({"BLOCK_V": "x2"}, {"BLOCK_V": "/2"}, *WARPS, {"BLOCK_V": "x2", "num_warps": "x2"}),
+         also=("linear_cross_entropy",)),
     *_pointwise("gelu", "gpt2_124m"),
     Part("adamw", "tile", "tritium.kernels.adamw.impl_triton", "update", "gpt2_124m", ("odd", "several_tiles"),
          ({"CHUNK": "x2"}, {"CHUNK": "/2"}, {"BLOCK": "x2", "num_warps": "x2"}, {"num_warps": "x2"})),
@@ -135,25 +143,23 @@ def changed(tile: Any, changes: Changes) -> Any:
 
 
 class Variant:
-    """A context in which the calls of ``part`` give the launcher's own tile with ``changes``. used: the arguments of
-    these calls → (own tile, changed tile), as they happened.
+    """A context in which the calls of ``part`` give the launcher's own tile with ``changes``, whatever was measured
+    before. used: the arguments of these calls → (own tile, changed tile), as they happened.
     """
 
     def __init__(self, part: Part, changes: Changes):
         self.module: ModuleType = importlib.import_module(part.module)
         self.used: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
-        own: Callable[..., Any] = getattr(self.module, part.function)
+        own: Callable[..., Any] = inspect.unwrap(getattr(self.module, part.function))
         signature = inspect.signature(own)
 
         def config(*args: Any, **kwargs: Any) -> Any:
             tile = own(*args, **kwargs)
-            given = signature.bind(*args, **kwargs).arguments
+            given = launch.arguments_of(signature, args, kwargs)
             if any(given.get(name) != value for name, value in part.when.items()):
                 return tile
             other = changed(tile, changes)
-            shown = json.dumps({name: value if isinstance(value, (bool, int)) else str(value)
-                                for name, value in given.items()})  # fmt: skip
-            self.used[shown] = (tile._asdict(), other._asdict())
+            self.used[json.dumps(given)] = (tile._asdict(), other._asdict())
             return other
 
         # plans are cached, and would be the launcher's own: while this is entered the module has caches of its own
@@ -177,7 +183,7 @@ class Variant:
 
 def tune(bench: Bench) -> None:
     """Hold every candidate to the contract, time those that keep it, write the best. With ops named (``OPS=``) the best
-    go to kernels/tuning/tiles/ARCH.json too.
+    go to kernels/tuning/tiles/DEVICE.json too, in the place of what was there of the parts that were looked at.
     """
     from tritium.benchmarks import gpu_tritium as tritium
 
@@ -234,9 +240,9 @@ def tune(bench: Bench) -> None:
         best_tile = next((_text(e["changes"]) for e in entries if e["label"] == label), "the launcher's own")
         bench.lines.write(label, best_tile, "part", **known[label])
     write(bench.lines.out / f"tiles_{arch}.json", entries)
-    if bench.run.ops and not bench.tiny:
-        path = record.ROOT / "kernels" / "tuning" / "tiles" / f"{arch}.json"
-        write(path, entries)
+    if bench.run.ops and not bench.tiny and (device := launch.device_name()):
+        path = launch.tiles_path(device)
+        write(path, entries, finished)
         bench.lines.write("written", str(path), "file", entries=len(entries))
     if not parts:
         raise SystemExit(f"no tile of {', '.join(bench.run.ops)} is a choice here; parts: {_known_ops()}")
@@ -271,17 +277,23 @@ def _text(changes: Changes) -> str:
     return " ".join(f"{name}={value}" for name, value in changes.items())
 
 
-def write(path: pathlib.Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Add ``entries`` to the file, each in the place of the one for the same calls; whole or not at all."""
-    old = json.loads(path.read_text()) if path.exists() else []
+def write(path: pathlib.Path, entries: Sequence[Mapping[str, Any]], finished: Collection[str] = ()) -> None:
+    """Put ``entries`` into the file, whole or not at all, in the place of those of the parts ``finished`` (labels) and
+    of those for the same calls; of two new ones for the same calls the first stays. A damaged file is replaced.
+    """
+    try:
+        old = [entry for entry in launch.read_tiles(path) if entry.get("label") not in finished]
+    except ValueError as error:
+        print(f"replaced: {error}", file=sys.stderr)
+        old = []
 
     def key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
-        return entry["op"], entry["part"], json.dumps(entry["arguments"], sort_keys=True)
+        return entry["module"], entry["function"], json.dumps(entry["arguments"], sort_keys=True)
 
-    merged = {key(entry): entry for entry in [*old, *entries]}
+    merged = {key(entry): entry for entry in [*old, *reversed(entries)]}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(list(merged.values()), indent=2) + "\n")
+    temporary.write_text(json.dumps(sorted(merged.values(), key=key), indent=2) + "\n")
     os.replace(temporary, path)
 
 
@@ -297,19 +309,21 @@ def try_one(bench: Bench, task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hold(part: Part, changes: Changes, bench: Bench) -> dict[str, Any]:
-    """{status, reason}: "passed" when every gate case that this tile is used on keeps the contract, and one is."""
-    op, dtype = OPS[part.op], torch.float32 if bench.tiny else torch.bfloat16
-    variant, used = Variant(part, changes), 0
-    for name in part.gate[:1] if bench.tiny else part.gate:
-        (case,) = (case for case in op.cases.CASES if case.name == name)
-        variant.used.clear()
-        with variant:
-            report = contract.check(op, "triton", case, dtype, bench.device, variants=("plain", "strided"))
-        if report.status == "failed":
-            return {"status": "failed", "reason": f"{case}: {report.reason}"[:300]}
-        used += bool(report.ok and variant.used)
-    if not used:
-        return {"status": "refused", "reason": f"none of {', '.join(part.gate)} uses this tile: nothing shows it right"}
+    """{status, reason}: "passed" when every gate case that this tile is used on keeps the contract, and of every op one
+    is; in a rehearsal, the first gate case of the first op."""
+    dtype = torch.float32 if bench.tiny else torch.bfloat16
+    for op in [OPS[part.op]] if bench.tiny else [OPS[name] for name in (part.op, *part.also)]:
+        used = 0
+        cases = [case for case in op.cases.CASES if case.name in part.gate]
+        for case in cases[:1] if bench.tiny else cases:
+            with Variant(part, changes) as variant:  # a new one has cached no plan of another case
+                report = contract.check(op, "triton", case, dtype, bench.device, variants=("plain", "strided"))
+            if report.status == "failed":
+                return {"status": "failed", "reason": f"{op.name} {case}: {report.reason}"[:300]}
+            used += bool(report.ok and variant.used)
+        if not used:
+            why = f"no {op.name} of {', '.join(part.gate)} uses this tile: nothing shows it right"
+            return {"status": "refused", "reason": why}
     return {"status": "passed", "reason": ""}
 
 
@@ -354,7 +368,7 @@ def compare(part: Part, found: Sequence[Changes], bench: Bench) -> dict[str, Any
             rows.append({
                 "changes": dict(changes), "over_own": timing.speedup(taken, samples[""]).to_json(),
                 "ms": taken.median_ms, "tile": tile, "own": own,
-                "uses": [{"arguments": json.loads(a), "tile": t} for a, (_, t) in variant.used.items()],
+                "uses": [{"arguments": json.loads(a), "own": o, "tile": t} for a, (o, t) in variant.used.items()],
             })  # fmt: skip
     faster = [row for row in rows if row["over_own"]["low"] > 1.0]
     best = max(faster, key=lambda row: row["over_own"]["median"], default=None)

@@ -548,8 +548,12 @@ TILES = {
 
 
 # where features need registers that the tile above does not leave: "mask" is documents or a window, "several" more than
-# one feature
+# one feature, "" none as well. sm_86 is sm_89 too, and sm_120 all of sm_12x
 SMALLER = {
+    ("forward", "sm_120", 128, "dropout"): Config(128, 32, 8, 3),
+    ("backward_keys", "sm_120", 64, "softcap"): Config(32, 64, 8, 2),
+    ("backward_queries", "sm_86", 128, ""): Config(64, 32, 8, 2),
+    ("backward_queries", "sm_86", 256, ""): Config(32, 32, 8, 2),
     ("forward", "ampere", 128, "mask"): Config(128, 32, 8, 3),
     ("forward", "ampere", 128, "softcap"): Config(128, 32, 8, 3),
     ("forward", "hopper", 128, "dropout"): Config(128, 32, 8, 3),
@@ -578,11 +582,13 @@ def config(kernel: str, arch: int, D: int, dtype: torch.dtype, features: Sequenc
         return Config(16, 32 if D <= 128 and kernel == "forward" else 16, 8, 1)
     # what the tensor cores are: mma, warp-group mma, tcgen05; sm_120 has mma again
     family = "hopper" if arch // 10 == 9 else "blackwell" if arch // 10 in (10, 11) else "ampere"
-    place = (kernel, family, 64 if D <= 64 else 128 if D <= 128 else 256)
-    for feature in ["several", *features] if len(features) > 1 else features:
-        if (*place, feature) in SMALLER:
-            return SMALLER[*place, feature]
-    return TILES[place]
+    board = "sm_86" if arch in (86, 89) else "sm_120" if arch // 10 == 12 else family
+    width = 64 if D <= 64 else 128 if D <= 128 else 256
+    for where in (board, family):
+        for feature in ("several", *features, "") if len(features) > 1 else (*features, ""):
+            if (kernel, where, width, feature) in SMALLER:
+                return SMALLER[kernel, where, width, feature]
+    return TILES[kernel, family, width]
 
 
 class Plan(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 
 from tritium.benchmarks import gpu_records, gpu_tritium, record, stages, tiles, workers
 from tritium.benchmarks.gpu_baseline import Bench
+from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.lib import triton_norms as norms
 from tritium.kernels.ops import OPS
 
@@ -28,6 +29,8 @@ def test_every_part_speaks_of_a_choice_and_of_cases_that_there_are():
         assert {name for changes in part.candidates for name in changes} <= set(fields), part.label
         known = {case.name: case for case in op.cases.CASES}
         assert known[part.case].large and not any(known[name].large for name in part.gate), part.label
+        for name in part.also:
+            assert {case.name for case in OPS[name].cases.CASES} & set(part.gate), (part.label, name)
         assert "triton" in op.backends()
 
 
@@ -58,24 +61,30 @@ def test_a_variant_changes_its_own_calls_and_leaves_no_trace():
 
 
 def test_a_tile_is_held_to_the_contract_where_it_is_used(monkeypatch):
-    bench = type("B", (), {"tiny": True, "device": "cpu"})()
     seen = []
 
-    def check(status, uses):
+    def check(status, uses, tiny=True):
         def planted(op, backend, case, dtype, device, variants):
-            seen.append(case.name)
+            seen.append((op.name, case.name))
             if uses:
                 norms._forward_plan(48, 4, False)
-            return type("R", (), {"status": status, "ok": status == "passed", "reason": "3 % off"})
+            now = status[op.name] if isinstance(status, dict) else status
+            return type("R", (), {"status": now, "ok": now == "passed", "reason": "3 % off"})
 
         monkeypatch.setattr(tiles.contract, "check", planted)
+        bench = type("B", (), {"tiny": tiny, "device": "cpu"})()
         return tiles.hold(FORWARD, {"num_warps": "x2"}, bench)
 
     assert check("passed", True) == {"status": "passed", "reason": ""}
-    assert check("failed", True) == {"status": "failed", "reason": "odd: 3 % off"}
+    assert check("failed", True) == {"status": "failed", "reason": "layer_norm odd: 3 % off"}
     assert check("passed", False)["status"] == "refused"  # nothing has used the tile, so nothing shows it right
     assert check("refused", True)["status"] == "refused"
-    assert set(seen) == {"odd"}
+    assert set(seen) == {("layer_norm", "odd")}
+    # rms_norm's launcher asks by the same calls, and would get the tile too
+    assert check("passed", True, tiny=False)["status"] == "passed"
+    other = check({"layer_norm": "passed", "rms_norm": "failed"}, True, tiny=False)
+    assert other == {"status": "failed", "reason": "rms_norm odd: 3 % off"}
+    assert {name for _, name in seen} == set(FORWARD.gate)
 
 
 def test_two_tiles_agree_up_to_rounding_only():
@@ -86,15 +95,27 @@ def test_two_tiles_agree_up_to_rounding_only():
         assert "differs from the launcher's own" in tiles.disagreement(own, [wrong, own[1]], torch.float32)
 
 
-def test_the_best_are_added_to_the_file_and_replace_those_of_the_same_calls(tmp_path):
-    path = tmp_path / "tiles" / "sm_90.json"
-    entry = {"op": "gelu", "part": "tile", "arguments": {"F": 768}, "tile": {"num_warps": 4}}
-    tiles.write(path, [entry])
-    tiles.write(path, [entry | {"tile": {"num_warps": 8}}, entry | {"arguments": {"F": 1600}}])
-    found = json.loads(path.read_text())
-    assert [(e["arguments"]["F"], e["tile"]["num_warps"]) for e in found] == [(768, 8), (1600, 4)]
+def test_the_best_are_added_to_the_file_and_replace_those_of_the_same_calls(tmp_path, capsys):
+    path = tmp_path / "tiles" / "a_gpu.json"
+
+    def entry(F, num_warps, label="gelu tile"):
+        return {"label": label, "module": "m", "function": "config", "arguments": {"F": F},
+                "own": {"num_warps": 2}, "tile": {"num_warps": num_warps}}  # fmt: skip
+
+    def there():
+        return {(e["arguments"]["F"], e["tile"]["num_warps"]) for e in json.loads(path.read_text())}
+
+    tiles.write(path, [entry(768, 4)])
+    tiles.write(path, [entry(768, 8), entry(1600, 4), entry(768, 16, "relu2 tile")])  # the more valuable part is first
+    assert there() == {(768, 8), (1600, 4)}
     tiles.write(path, [])
-    assert json.loads(path.read_text()) == found
+    assert there() == {(768, 8), (1600, 4)}
+    tiles.write(path, [entry(768, 4, "relu2 tile")], finished=["gelu tile"])  # none was faster for it this time
+    assert there() == {(768, 4)}
+    path.write_text(path.read_text()[:-9])
+    tiles.write(path, [entry(512, 4)])
+    assert there() == {(512, 4)}
+    assert f"replaced: {path} cannot be read" in capsys.readouterr().err
 
 
 CHILD = """
@@ -107,7 +128,9 @@ def task(task, beat):
     ratio = {"median": 1.10, "low": 1.08, "high": 1.12, "level": 0.95}
     row = {"changes": task["changes"][0], "over_own": ratio, "ms": 1.0, "tile": {"num_warps": 8}, "own": {}}
     best = {"label": task["label"], "op": "layer_norm", "part": "forward", "changes": task["changes"][0],
-            "over_own": ratio, "uses": [{"arguments": {"C": 768}, "tile": {"num_warps": 8}}]}
+            "module": "tritium.kernels.lib.triton_norms", "function": "config", "over_own": ratio,
+            "uses": [{"arguments": {"C": 768}, "own": {"num_warps": 4}, "tile": {"num_warps": 8}}]}
+    if FASTER is False: best = None
     return {"rows": [row], "left_out": ["BLOCK_N=x2: it is another result"], "best": best}
 workers.serve(task)
 """
@@ -118,7 +141,7 @@ def test_the_stage_times_what_is_green_writes_the_best_and_skips_what_is_recorde
     monkeypatch.setattr(workers, "QUIET_S", 10.0)
     gpu_tritium.source_of.cache_clear()
     facts = {"device": "a GPU", "torch": "2.11.0", "triton": "3.6.0"}
-    child = (sys.executable, "-P", "-c", CHILD)
+    child = (sys.executable, "-P", "-c", f"FASTER = True\n{CHILD}")
 
     def lines_of(out, **more):
         out.mkdir()
@@ -140,6 +163,21 @@ def test_the_stage_times_what_is_green_writes_the_best_and_skips_what_is_recorde
     assert [(line["name"], line["unit"]) for line in again] == [(label, "part")]
     assert again[0]["recorded"] == str(tmp_path / "gpu_1" / "tiles.jsonl")
     assert none == []
+
+    # where ops are named, the file that launchers read is written: on a device, whose name it has
+    monkeypatch.setattr(launch, "TILES", tmp_path / "tiles")
+    monkeypatch.setattr(launch, "device_name", lambda: "A GPU 80GB")
+    monkeypatch.setattr(tiles, "PARTS", (FORWARD,))
+    for faster, wanted in ((True, [{"num_warps": 8}]), (False, [])):
+        out = tmp_path / f"ops_{faster}"
+        out.mkdir()
+        child = (sys.executable, "-P", "-c", f"FASTER = {faster}\n{CHILD}")
+        run = gpu_records.Run(ops=["layer_norm"], facts=facts, child=child)
+        tiles.tune(Bench(stages.Lines(out, "tiles"), "cpu", tiny=False, run=run))
+        path = tmp_path / "tiles" / "a_gpu_80gb.json"
+        assert [e["tile"] for e in launch.read_tiles(path)] == wanted
+        (line,) = (line for line in stages.read_lines(out / "tiles.jsonl") if line["unit"] == "file")
+        assert (line["value"], line["entries"]) == (str(path), len(wanted))
     gpu_tritium.source_of.cache_clear()
 
 

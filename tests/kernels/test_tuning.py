@@ -1,12 +1,17 @@
 """The committed tuning entries: each names what exists and its evidence."""
 
+import importlib
 import json
 import pathlib
+import warnings
 
 import pytest
+import torch
 
+from tritium.benchmarks import tiles
+from tritium.kernels import aot, ops
 from tritium.kernels import op as op_module
-from tritium.kernels import ops
+from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.op import tuning
 from tritium.kernels.site import PHASES
 
@@ -48,3 +53,76 @@ def test_the_loader_reads_every_file(tmp_path, monkeypatch):
             tuning()
     finally:
         tuning.cache_clear()
+
+
+# --------------------------------------------------------------------------------------------------------------- tiles
+
+DEVICE = "NVIDIA H100 80GB HBM3"
+
+
+def launched(part: tiles.Part, device: str) -> list[aot.Launch]:
+    """The launches of the part's case on a board of this name, none compiled."""
+    op = ops.OPS[part.op]
+    (case,) = (case for case in op.cases.CASES if case.name == part.case)
+    with aot.compiling_for("sm_90", compile=False, device=device) as found:
+        outputs = op.load("triton").function(**(given := aot.meta_inputs(op, case, torch.bfloat16)))
+        if part.what == "forward+backward":
+            wanted = [t for t in given.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+            torch.autograd.grad(outputs, wanted, torch.empty_like(outputs))
+    return found
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "TILES", tmp_path)
+    return launch.tiles_path(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["attention backward_keys gpt2_124m_1k", "layer_norm forward gpt2_124m", "gelu tile gpt2_124m",
+     "cross_entropy tile gpt2_16k", "linear tile gpt2_124m_up"],
+)  # fmt: skip
+def test_a_written_tile_is_launched_on_its_device_alone(label, file):
+    (part,) = (part for part in tiles.PARTS if part.label == label)
+    variant = tiles.Variant(part, {"num_warps": "x2"})
+    with variant:
+        own = launched(part, "")
+    about = {"label": label, "module": part.module, "function": part.function}
+    used = [{**about, "arguments": json.loads(a), "own": o, "tile": t} for a, (o, t) in variant.used.items()]
+    assert used
+    before = [(line.kernel, line.tile, line.warps) for line in launched(part, DEVICE)]
+    tiles.write(file, used)
+    after = [(line.kernel, line.tile, line.warps) for line in launched(part, DEVICE)]
+    assert after == [(line.kernel, line.tile, line.warps) for line in own] != before
+    for name in ("", "NVIDIA A100-SXM4-80GB"):
+        assert [(line.kernel, line.tile, line.warps) for line in launched(part, name)] == before
+    # measured against a tile that the launcher has no more
+    tiles.write(file, [{**entry, "own": {**entry["own"], "num_warps": 1}} for entry in used])
+    assert [(line.kernel, line.tile, line.warps) for line in launched(part, DEVICE)] == before
+
+
+def test_a_damaged_file_is_named_and_not_used(file):
+    part = tiles.PARTS[0]
+    before = [(line.tile, line.warps) for line in launched(part, DEVICE)]
+    good = {"module": "m", "function": "config", "arguments": {}, "own": {"BLOCK_M": 64}, "tile": {"BLOCK_M": 64}}
+    for text in ("", "[{", "{}", "[3]", json.dumps([good, {}]), json.dumps([{**good, "tile": {"BLOCK_M": 100}}]),
+                 json.dumps([{**good, "tile": {"num_warps": True}}]), "\x00\xff"):  # fmt: skip
+        file.write_text(text)
+        with pytest.warns(UserWarning, match=rf"{file.name}.*no measured tile is used on this device"):
+            assert [(line.tile, line.warps) for line in launched(part, DEVICE)] == before
+        with pytest.raises(ValueError, match=file.name):
+            launch.read_tiles(file)
+    file.write_text(json.dumps([good]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [(line.tile, line.warps) for line in launched(part, DEVICE)] == before
+
+
+def test_every_tile_that_is_tried_or_committed_is_read():
+    """A launcher whose config is not ``tuned`` would never see what is written for it."""
+    calls = {(part.module, part.function) for part in tiles.PARTS}
+    for path in launch.TILES.glob("*.json"):
+        calls |= {(entry["module"], entry["function"]) for entry in launch.read_tiles(path)}
+    for module, function in calls:
+        assert hasattr(getattr(importlib.import_module(module), function), "cache_clear"), (module, function)
