@@ -370,13 +370,17 @@ def compare(part: Part, found: Sequence[Changes], bench: Bench) -> dict[str, Any
                 "ms": taken.median_ms, "tile": tile, "own": own,
                 "uses": [{"arguments": json.loads(a), "own": o, "tile": t} for a, (o, t) in variant.used.items()],
             })  # fmt: skip
-    faster = [row for row in rows if row["over_own"]["low"] > 1.0]
-    best = max(faster, key=lambda row: row["over_own"]["median"], default=None)
-    if best is not None:
+    if (best := fastest(rows)) is not None:
         about = {"label": part.label, "op": part.op, "part": part.name, "module": part.module,
                  "function": part.function, "case": case.name, "what": part.what}  # fmt: skip
         best = {**about, **{key: best[key] for key in ("changes", "over_own", "uses")}}
     return {"rows": rows, "left_out": left_out, "best": best}
+
+
+def fastest(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of what was timed the fastest that is shown to be faster than the launcher's own, or None."""
+    faster = [row for row in rows if row["over_own"]["low"] > 1.0]
+    return max(faster, key=lambda row: row["over_own"]["median"], default=None)
 
 
 def _arm(variant: Variant, calls: Sequence[Callable[[], object]], bench: Bench) -> timing.Arm:

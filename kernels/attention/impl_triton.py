@@ -551,7 +551,7 @@ TILES = {
 # one feature, "" none as well. sm_86 is sm_89 too, and sm_120 all of sm_12x
 SMALLER = {
     ("forward", "sm_120", 128, "dropout"): Config(128, 32, 8, 3),
-    ("backward_keys", "sm_120", 64, "softcap"): Config(32, 64, 8, 2),
+    ("backward_keys", "sm_120", 64, "softcap"): Config(32, 32, 4, 2),
     ("backward_queries", "sm_86", 128, ""): Config(64, 32, 8, 2),
     ("backward_queries", "sm_86", 256, ""): Config(32, 32, 8, 2),
     ("forward", "ampere", 128, "mask"): Config(128, 32, 8, 3),

@@ -95,6 +95,16 @@ def test_two_tiles_agree_up_to_rounding_only():
         assert "differs from the launcher's own" in tiles.disagreement(own, [wrong, own[1]], torch.float32)
 
 
+def test_only_what_is_shown_to_be_faster_is_the_best():
+    def row(low, median):
+        return {"over_own": {"low": low, "median": median}}
+
+    slower, unclear, fast, faster = row(0.8, 0.9), row(0.99, 1.3), row(1.01, 1.05), row(1.02, 1.2)
+    assert tiles.fastest([slower, unclear]) is None
+    assert tiles.fastest([slower, unclear, fast, faster]) is faster
+    assert tiles.fastest([]) is None
+
+
 def test_the_best_are_added_to_the_file_and_replace_those_of_the_same_calls(tmp_path, capsys):
     path = tmp_path / "tiles" / "a_gpu.json"
 
