@@ -230,7 +230,7 @@ def test_projection_and_attention_are_one_graph():
         ({"q": torch.ones(1, 4, 2, 8).double()}, TypeError, "q is torch.float64 on cpu; choose reference"),
         ({"seq_start": torch.zeros(4, dtype=torch.int32)}, ValueError, r"\(B, Tq\) = \(1, 4\); it is torch.int32 of"),
         ({"seq_start": torch.zeros(1, 4)}, ValueError, "seq_start as integers"),
-        ({"dropout": 1.0}, ValueError, r"in \[0, 1\); it is 1.0"),
+        ({"dropout": 1.0}, ValueError, r"in \[0, 1\), it is 1.0"),
         ({"dropout": 0.1}, ValueError, "needs a seed tensor"),
     ],
 )

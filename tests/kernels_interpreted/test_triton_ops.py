@@ -240,7 +240,7 @@ def test_the_host_waits_for_no_loss():
         cross_entropy._launch_scale(dlogits, torch.tensor(0.5))
         options = (30, -100, 0.1, 1e-3, 9.0, 7)
         loss, dx, dweight = linear_cross_entropy._launch_forward(x, weight, all_targets, *options, True, True)
-        linear_cross_entropy._launch_backward(loss, dx, dweight, torch.bfloat16, torch.float32)
+        linear_cross_entropy._launch_backward(loss, dx, dweight, torch.bfloat16, torch.float32, 1.0)
         with pytest.raises(AssertionError, match="waits"):
             loss.item()
 
