@@ -168,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_all(names: Sequence[str], minutes: float, a: argparse.Namespace, chosen_ops: Sequence[str]) -> int:
     """The stage ``device``, which says whose records count, then the others, the table and the archive."""
     end = time.monotonic() + 60.0 * minutes - RESERVE_S
+    stages.stop_on_signals()
     say = lambda text: print(text, flush=True)  # noqa: E731
     a.out.mkdir(parents=True, exist_ok=True)
     begun = time.time()
@@ -211,7 +212,7 @@ def run_all(names: Sequence[str], minutes: float, a: argparse.Namespace, chosen_
     except OSError as error:
         say(f"the archive could not be written: {error}; what there is lies in {a.out}")
         return 1
-    if any("Ctrl-C" in outcome.detail for outcome in outcomes):
+    if any(outcome.detail == stages.STOPPED for outcome in outcomes):
         return 130
     return int(any(outcome.status in ("failed", "time limit") for outcome in [*outcomes, table]))
 
@@ -234,6 +235,7 @@ def _stage(
         shared["digest"] = digest
     elif plan.known == "device":
         shared.pop("triton", None)
+        shared.pop("tiles", None)
     recorded = None
     if plan.known and earlier is not None and not a.again:
         recorded = earlier.stage(name, shared)

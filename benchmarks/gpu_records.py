@@ -1,7 +1,8 @@
 """What earlier runs of ``make gpu`` on this GPU have shown, so that a run spends its minutes on what is not known yet.
 
 A run leaves its lines under benchmarks/results/GPU/gpu_TIME/. A line counts here and now when its *facts* do: the GPU's
-name, torch's and triton's versions, and digests of the source that it was made with. Imports no torch.
+name, torch's and triton's versions, the tiles that were measured on it, and digests of the source that it was made
+with. Imports no torch.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Earlier:
 @dataclasses.dataclass
 class Run:
     """What all stages of one run share. ops: to look at; empty for all. again: repeat what is recorded. end:
-    time.monotonic() until which the stage may begin something. facts: device, torch, triton. child: a command that
-    serves items of a stage, to which its name is added.
+    time.monotonic() until which the stage may begin something. facts: device, torch, triton, tiles. child: a command
+    that serves items of a stage, to which its name is added.
     """
 
     ops: Sequence[str] = ()
@@ -87,12 +88,20 @@ def oracle_digest(op: str, root: pathlib.Path = record.ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
+def tiles_digest(device: str, root: pathlib.Path = record.ROOT) -> str:
+    """16 hexadecimal digits over the file of tiles that launchers read on this device; "" where there is none."""
+    path = root / "kernels" / "tuning" / "tiles" / f"{folder_of(device).name}.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
+
+
 def facts_of(out: pathlib.Path) -> dict[str, str]:
-    """{device, torch, triton} as the stage ``device`` of the run in ``out`` wrote them; {} where it did not."""
+    """{device, torch, triton, tiles}, the first three as the stage ``device`` of the run in ``out`` wrote them; {}
+    where it did not."""
     for line in stages.read_lines(out / "device.jsonl"):
         if "environment" in line:
             versions = line["environment"]["versions"]
-            return {"device": line["value"], "torch": versions["torch"], "triton": versions["triton"]}
+            facts = {"device": line["value"], "torch": versions["torch"], "triton": versions["triton"]}
+            return {**facts, "tiles": tiles_digest(line["value"])}
     return {}
 
 

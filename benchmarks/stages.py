@@ -23,6 +23,7 @@ from typing import Any
 LEAST_S = 20.0  # a stage is not begun with less time than this
 MOST_BYTES = 64 << 20  # of the files that a stage appends to; more is a loop
 LOOK_S = 0.5  # between looks at them
+STOPPED = "stopped by Ctrl-C or a signal"
 SECONDS = "TRITIUM_STAGE_SECONDS"  # environment variable of a stage: after so many it is killed
 
 
@@ -65,7 +66,8 @@ def run(
     after: Callable[[Outcome], object] = lambda outcome: None,
 ) -> list[Outcome]:
     """Run the stages in order until ``end`` (time.monotonic()); returns how each ended. A stage's stderr goes to
-    STAGE.stderr.txt. after: called when one has ended. Ctrl-C ends the stage that runs; the others are not run.
+    STAGE.stderr.txt. after: called when one has ended. Ctrl-C, and a signal that stop_on_signals() turned into it, ends
+    the stage that runs; the others are not run.
     """
     out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
@@ -75,7 +77,7 @@ def run(
         if stage.recorded:
             outcome = Outcome(stage.name, "recorded", 0.0, stage.recorded)
         elif stopped:
-            outcome = Outcome(stage.name, "not run", 0.0, "stopped by Ctrl-C")
+            outcome = Outcome(stage.name, "not run", 0.0, STOPPED)
         elif left < stage.expects_s:
             outcome = Outcome(stage.name, "not run", 0.0, f"wants {stage.expects_s:.0f} s, {max(left, 0.0):.0f} left")
         else:
@@ -83,7 +85,7 @@ def run(
                 outcome = _run(stage, out, min(left, stage.limit_s))
             except KeyboardInterrupt:
                 stopped = True
-                outcome = Outcome(stage.name, "failed", 0.0, "stopped by Ctrl-C")
+                outcome = Outcome(stage.name, "failed", 0.0, STOPPED)
             except OSError as error:  # it could not be started, or its stderr not be written
                 outcome = Outcome(stage.name, "failed", 0.0, f"{type(error).__name__}: {error}")
         try:
@@ -94,6 +96,17 @@ def run(
         outcomes.append(outcome)
         after(outcome)
     return outcomes
+
+
+def stop_on_signals() -> None:
+    """Let SIGTERM (of a job's end) and SIGHUP (of a connection's) stop a run as Ctrl-C does: without, what it has
+    started would live on, and no table or archive be made."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
 
 
 def _run(stage: Stage, out: pathlib.Path, limit_s: float) -> Outcome:

@@ -196,12 +196,15 @@ def _register_flops(name: str, formula: Callable[..., int]) -> None:
     register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(formula)
 
 
-def update_op(name: str, function: Callable[..., None], mutates: Sequence[str]) -> Callable[..., None]:
+def update_op(
+    name: str, function: Callable[..., None], mutates: Sequence[str], in_library: Callable[..., None] | None = None
+) -> Callable[..., None]:
     """Register a mutating op without autograd (an optimizer's update); the callable bypasses the library in eager.
 
-    function(...) -> None, annotated; ``mutates`` names the arguments it writes.
+    function(...) -> None, annotated; ``mutates`` names the arguments it writes. in_library: what the library calls in
+    its place, if that is another (kernels/lib/triton_lists.py).
     """
-    registered = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=tuple(mutates))
+    registered = torch.library.custom_op(f"{NAMESPACE}::{name}", in_library or function, mutates_args=tuple(mutates))
     registered.register_fake(lambda *args, **kwargs: None)
     written = [i for i, parameter in enumerate(inspect.signature(function).parameters) if parameter in mutates]
 

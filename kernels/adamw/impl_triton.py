@@ -176,7 +176,10 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0.0 else -math.inf
 
 
-_adamw = update_op("adamw_triton", _launch, mutates=("params", "copies", "exp_avgs", "exp_avg_sqs"))
+_adamw = update_op(
+    "adamw_triton", _launch, mutates=("params", "copies", "exp_avgs", "exp_avg_sqs"),
+    in_library=lists.keeping_nothing(_launch),
+)  # fmt: skip
 
 
 def adamw(

@@ -116,7 +116,7 @@ def _launch(tensors: list[Tensor]) -> Tensor:
         tile = config(launch.arch())
         table = lists.tables([dense], coded=(0,), chunk=tile.CHUNK)
         most = launch.processors() * tile.programs_per_processor
-        workspace = _workspace.__wrapped__ if lists.capturing(device) else _workspace
+        workspace = _workspace if lists.keeps(device) else _workspace.__wrapped__
         sums, counter = workspace(device, lists.stream_of(device), most)
         _norm_kernel(
             (min(table.chunks, most),), _constants(tile),
@@ -126,7 +126,7 @@ def _launch(tensors: list[Tensor]) -> Tensor:
 
 
 _NAME = "global_norm_triton"
-_registered = torch.library.custom_op(f"{NAMESPACE}::{_NAME}", _launch, mutates_args=())
+_registered = torch.library.custom_op(f"{NAMESPACE}::{_NAME}", lists.keeping_nothing(_launch), mutates_args=())
 _registered.register_fake(lambda tensors: tensors[0].new_empty((), dtype=torch.float32))
 
 

@@ -10,16 +10,18 @@ device say where a chunk lies:
 
 The first two hang on shapes and dtypes and are made once. Addresses change (gradients are allocated anew at every
 step), so they are the key under which a table is kept: an old one can never be taken for a new one. A new one costs one
-copy from pinned memory, which the host does not wait for.
+copy from pinned memory, which the host does not wait for. Nothing is kept that lies in a CUDA graph's memory
+(``keeps``).
 """
 
 from __future__ import annotations
 
+import threading
 from array import array
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -109,7 +111,7 @@ def tables(lists: Sequence[Sequence[Tensor]], coded: Sequence[int], chunk: int) 
         sum(CODES[t.dtype] << 2 * i for i, t in enumerate(ts)) for ts in zip(*(lists[i] for i in coded), strict=True)
     ]
     make_layout, make_addresses = _layout, _addresses
-    if capturing(device):  # what is recorded has not been written yet, so nobody else may have it
+    if not keeps(device):
         make_layout, make_addresses = _layout.__wrapped__, _addresses.__wrapped__  # type: ignore[assignment]
     stream = stream_of(device)
     owners, layout = make_layout(device, stream, chunk, tuple([t.numel() for t in first]), tuple(codes))
@@ -125,6 +127,35 @@ def stream_of(device: torch.device) -> int:
 def capturing(device: torch.device) -> bool:
     """Whether launches are being recorded into a CUDA graph instead of done."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+_calls = threading.local()
+
+
+def keeps(device: torch.device) -> bool:
+    """Whether what is made for a launch may be kept for later ones. Not while launches are recorded: it has not been
+    written yet, and is the graph's. Not in a call that ``keeping_nothing`` made."""
+    return not getattr(_calls, "keep_nothing", False) and not capturing(device)
+
+
+def keeping_nothing(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher for the library to call: within, nothing is kept.
+
+    A compiled model calls ops through the library, and torch may then allocate from the memory of CUDA graphs although
+    nothing is recorded: torch.compile's mode reduce-overhead warms up so. When a graph is recorded or replayed, torch
+    takes as free what is there and is no result of a graph; it looks for such tensors, and raises for one. Eager calls
+    never run in there.
+    """
+
+    @wraps(launcher)
+    def launched(*args: Any) -> Any:
+        before, _calls.keep_nothing = getattr(_calls, "keep_nothing", False), True
+        try:
+            return launcher(*args)
+        finally:
+            _calls.keep_nothing = before
+
+    return launched
 
 
 @lru_cache(maxsize=32)
@@ -144,7 +175,9 @@ def _addresses(device: torch.device, stream: int, addresses: tuple[int, ...]) ->
     return _upload(torch.frombuffer(array("q", addresses), dtype=torch.int64), device)
 
 
-_recorded: list[Tensor] = []  # the host's side of copies in CUDA graphs, which read it at every replay
+# The host's side of copies in CUDA graphs, which read it at every replay. Nobody says when a graph has gone, so it is
+# kept for good: 8 bytes a list and tensor for each time that a step is recorded, not replayed; 10 KB for GPT-2's adamw.
+_recorded: list[Tensor] = []
 
 
 def _upload(host: Tensor, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 from tritium.benchmarks import gpu, gpu_records, gpu_table, gpu_tritium, record, stages, workers
 from tritium.benchmarks.gpu_baseline import Bench
 from tritium.kernels import peaks
+from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.op import Backend
 from tritium.kernels.ops import OPS
 
@@ -67,6 +68,7 @@ def test_the_command_runs_stages_keeps_them_and_skips_what_is_recorded(tmp_path)
     out, kept = tmp_path / "out", tmp_path / "records"
     versions = record.versions()
     facts = {"device": record.machine("cpu")["name"], "torch": versions["torch"], "triton": versions["triton"]}
+    facts["tiles"] = ""  # none was measured for this machine
     end = {"name": "end", "value": "ok", "unit": "status", "seconds": 1.0, "detail": ""}
     earlier = kept / "gpu_20200101T000000Z"
     earlier.mkdir(parents=True)
@@ -255,6 +257,17 @@ def test_digests_follow_the_source(tmp_path):
     assert gpu_records.oracle_digest("gelu", tmp_path) == oracle
     (tmp_path / "kernels/gelu/cases.py").write_text("b")
     assert gpu_records.oracle_digest("gelu", tmp_path) != oracle
+
+
+def test_facts_follow_the_tiles_of_the_device(tmp_path):
+    folder = tmp_path / "kernels" / "tuning" / "tiles"
+    folder.mkdir(parents=True)
+    assert gpu_records.tiles_digest("NVIDIA A100-SXM4-80GB", tmp_path) == ""
+    (folder / launch.tiles_path("NVIDIA A100-SXM4-80GB").name).write_text("[]")
+    first = gpu_records.tiles_digest("NVIDIA A100-SXM4-80GB", tmp_path)
+    (folder / launch.tiles_path("NVIDIA A100-SXM4-80GB").name).write_text("[1]")
+    assert "" != first != gpu_records.tiles_digest("NVIDIA A100-SXM4-80GB", tmp_path)
+    assert gpu_records.tiles_digest("NVIDIA H100 80GB HBM3", tmp_path) == ""
 
 
 def test_a_run_adds_to_the_records_only_what_it_wrote(tmp_path):

@@ -170,6 +170,93 @@ def test_a_loss_that_counts_padding_is_not_given_any():
         huggingface.build(MODEL, dataclasses.replace(EAGER, extra=huggingface.OWN_LOSS))
 
 
+def settings(training):
+    return training.settings(*peers.batches(MODEL, 2, 32, 1, "cpu")[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", INSTALLED)
+def test_every_variant_tells_tritiums_settings(name, precision):
+    """All products and attention of a peer are in its precision: none is left in fp32, which would make it slow."""
+    module = peers.peer(name)
+    model, _ = module.fit(MODEL)
+    config = Config(model=model, train=TrainConfig(precision=precision, compile="false"))
+    wanted = settings(ours.build(config, "cpu", 2))
+    assert wanted == {
+        "precision": precision, "lr": "0.0006", "beta1": "0.9", "beta2": "0.95", "eps": "1e-08", "grad_clip": "1",
+        "decay_of_matrices": "0.1", "decay_of_vectors": "0",
+    }  # fmt: skip
+    for variant in peers.variants_in(name, "cpu", precision):
+        assert variant.precision == precision
+        training = module.build(model, dataclasses.replace(variant, compile="false"))
+        assert settings(training) == wanted
+        before = settings(training)
+        with training.in_fp32():
+            assert settings(training)["precision"] == "fp32"
+        assert settings(training) == before
+
+
+def no_autocast(training):
+    training.bf16 = False
+
+
+def fp32_head(training):
+    """As where a part is kept out of autocast."""
+    loss = training.uncompiled
+
+    def half(ids, targets):
+        with torch.autocast("cpu", enabled=False):
+            torch.ones(2, 2) @ torch.ones(2, 2)
+        return loss(ids, targets)
+
+    training.uncompiled = half
+
+
+def other_lr(training):
+    training.optimizer.param_groups[1]["lr"] *= 1.1
+
+
+def no_decay(training):
+    training.optimizer.param_groups[0]["weight_decay"] = 0.0
+
+
+def other_clip(training):
+    training.optim = dataclasses.replace(training.optim, grad_clip=2.0)
+
+
+def other_beta(training):
+    training.optimizer.param_groups[0]["betas"] = (0.9, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "value"),
+    [
+        (no_autocast, "precision", "fp32"),
+        (fp32_head, "precision", "bf16 and fp32"),
+        (other_lr, "lr", "0.0006 and 0.00066"),
+        (no_decay, "decay_of_matrices", "0"),
+        (other_clip, "grad_clip", "2"),
+        (other_beta, "beta2", "0.95 and 0.99"),
+    ],
+)
+def test_a_planted_setting_is_told(fault, name, value):
+    """Each is within bf16's bound on losses, or nearly."""
+    training = textbook.build(MODEL, dataclasses.replace(EAGER, precision="bf16"))
+    before = settings(training)
+    fault(training)
+    told = settings(training)
+    assert told[name] == value
+    assert {key for key in told if told[key] != before[key]} == {name}
+
+
+def test_on_a_cpu_no_peer_is_set_to_a_lesser_matmul():
+    """It is another precision where the CPU has bf16, and on others up to a quarter slower."""
+    for name in peers.NAMES:
+        assert {variant.matmul for variant in peers.peer(name).variants("cpu")} <= {"highest", "high"}
+        if name != "huggingface_liger":  # not for CPUs
+            assert {v.matmul for v in peers.variants_in(name, "cpu", "fp32")} == {"highest"}
+
+
 def test_an_exact_and_a_padded_vocabulary_give_one_loss():
     model = dataclasses.replace(MODEL, vocab_size=449)  # padded to 512
     padded, exact = (losses(textbook.build(model, dataclasses.replace(EAGER, padded=p)), model) for p in (True, False))
@@ -194,7 +281,25 @@ def no_momentum(training):
         group["betas"] = (0.0, 0.95)
 
 
-@pytest.mark.parametrize("fault", [no_causal_mask, no_norm_bias, no_positions, no_momentum])
+def other_weights(training):
+    training.module.blocks[0].up.weight.data[0] *= 1.5
+
+
+def one_token_fewer(training):
+    step = training.step
+    training.step = lambda ids, targets: step(ids[:, :-1], targets[:, :-1])
+
+
+def half_precision(training):
+    training.bf16 = True
+
+
+FAULTS = [
+    no_causal_mask, no_norm_bias, no_positions, no_momentum, other_weights, one_token_fewer, half_precision, other_lr,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_makes_losses_unequal(fault):
     wanted = own_losses()
     training = textbook.build(MODEL, EAGER)

@@ -116,9 +116,21 @@ def test_ctrl_c_ends_the_stage_and_leaves_the_rest(tmp_path):
     start = time.monotonic()
     outcomes = run(tmp_path, stops, planted(tmp_path, "later", ""))
     assert time.monotonic() - start < 30
-    assert [(o.status, o.detail) for o in outcomes] == [
-        ("failed", "stopped by Ctrl-C"), ("not run", "stopped by Ctrl-C"),
-    ]  # fmt: skip
+    assert [(o.status, o.detail) for o in outcomes] == [("failed", stages.STOPPED), ("not run", stages.STOPPED)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_a_run_as_ctrl_c_does(tmp_path, number):
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        stages.stop_on_signals()
+        text = f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(60)"
+        outcomes = run(tmp_path, planted(tmp_path, "stops", text), planted(tmp_path, "later", ""))
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert [(o.status, o.detail) for o in outcomes] == [("failed", stages.STOPPED), ("not run", stages.STOPPED)]
+    assert [line["name"] for line in stages.read_lines(tmp_path / "stops.jsonl")] == ["a", "end"]
 
 
 def test_a_stage_is_told_how_long_it_has_and_its_environment(tmp_path):

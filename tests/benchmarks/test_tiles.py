@@ -150,12 +150,12 @@ def test_the_stage_times_what_is_green_writes_the_best_and_skips_what_is_recorde
     """With a child that makes its answers up."""
     monkeypatch.setattr(workers, "QUIET_S", 10.0)
     gpu_tritium.source_of.cache_clear()
-    facts = {"device": "a GPU", "torch": "2.11.0", "triton": "3.6.0"}
+    facts = {"device": "a GPU", "torch": "2.11.0", "triton": "3.6.0", "tiles": "of before"}
     child = (sys.executable, "-P", "-c", f"FASTER = True\n{CHILD}")
 
     def lines_of(out, **more):
         out.mkdir()
-        run = gpu_records.Run(facts=facts, child=child, **more)
+        run = gpu_records.Run(facts={**facts, "tiles": out.name}, child=child, **more)
         tiles.tune(Bench(stages.Lines(out, "tiles"), "cpu", tiny=True, run=run))
         return stages.read_lines(out / "tiles.jsonl"), json.loads(next(out.glob("tiles_*.json")).read_text())
 
