@@ -68,14 +68,10 @@ FIXED = {  # sections and fields that are no axis, and why
     "model.vocab_size": "arms are compared on the same tokens; vocab_multiple pads the table",
     "model.block_size": "arms are compared on the same rows, of --T tokens",
 }  # fmt: skip
-ABSENT = {  # what one may want to vary and the engine has one of
-    "optimizer": "the engine has one optimizer, AdamW: its update is the op adamw, its settings are the fields optim.*",
-    "gemm_layout": "the layout of weights is fixed, (out, in): who multiplies is the op linear",
-    "layout": "the layout of weights is fixed, (out, in): who multiplies is the op linear",
-}
 ALIASES = {
     "kernels": "kernels.default", "dtype": "train.precision", "micro_batch": "train.micro_rows",
-    "vocabulary_padding": "model.vocab_multiple",
+    "vocabulary_padding": "model.vocab_multiple", "gemm_layout": "train.weight_layout",
+    "optimizer": "kernels.adamw",  # there is one, AdamW: its settings are the fields optim.*, this is who updates
 }  # fmt: skip
 
 INTERVAL: record.Schema = {"median": record.NUMBER, "low": record.NUMBER, "high": record.NUMBER, "level": record.NUMBER}
@@ -200,8 +196,6 @@ class Axis:
 
 def field_of(name: str) -> str:
     """The field that an axis' name means; AxisError, with the nearest, for none or several."""
-    if name in ABSENT:
-        raise AxisError(f"there is no axis {name!r}: {ABSENT[name]}")
     if ":" in name or "@" in name:
         if _op_of(name) not in op_names():
             raise AxisError(
@@ -1011,7 +1005,8 @@ def parser() -> argparse.ArgumentParser:
         "\n"
         "An axis is an op (attention=sdpa,native), kernels (every op: kernels=auto,reference), a place\n"
         "('blocks.0.*:attention=sdpa,native') or a field of the configuration (precision=fp32,bf16,\n"
-        "recompute=none,full, micro_rows=8,4, compile=true,false, vocab_multiple=1,64, optim.lr=1e-3,3e-3). Its first\n"
+        "recompute=none,full, micro_rows=8,4, compile=true,false, compile_mode=default,max-autotune-no-cudagraphs,\n"
+        "weight_layout=out_in,in_out, vocab_multiple=1,64, optim.lr=1e-3,3e-3). Its first\n"
         "value is the baseline's. A list's items are joined by +. Every field is a flag too, for all arms\n"
         "(--kernels.attention native).",
         epilog="examples:\n"

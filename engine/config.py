@@ -156,6 +156,14 @@ class TrainConfig:
     """
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile of forward and backward as one graph. auto: if this machine can; true: or fail."""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's mode: max-autotune-no-cudagraphs times several ways to compute each GEMM and keeps the fastest,
+    at minutes of compilation.
+    """
+    weight_layout: Literal["out_in", "in_out"] = "out_in"
+    """How the matrices of the blocks' GEMMs lie in memory: row by row as (out, in), or as (in, out). The mathematics
+    and the checkpoints are the same, the GEMMs read and write their operands in another order.
+    """
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations recomputed in backward: none, every block, or everything but the ops in recompute_keep."""
     recompute_keep: tuple[str, ...] = ("attention", "linear")

@@ -27,6 +27,19 @@ class Group:
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
 
+    def rows(self, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """params, copies, grads, exp_avgs, exp_avg_sqs as the update takes them. It is elementwise: a matrix that lies
+        column by column (train.weight_layout) is handed over transposed, which is dense and needs no copy.
+        """
+        turned = [p.ndim == 2 and not p.is_contiguous() for p in self.params]
+
+        def dense(tensors: list[Tensor]) -> list[Tensor]:
+            if not any(turned) or not tensors:
+                return tensors
+            return [t.t() if turn else t for t, turn in zip(tensors, turned, strict=True)]
+
+        return dense(self.params), dense(self.copies), dense(grads), dense(self.exp_avgs), dense(self.exp_avg_sqs)
+
 
 class AdamW:
     """The optimizer of a model. Matrices decay, vectors do not.
@@ -80,8 +93,9 @@ class AdamW:
         lr: () fp32 on the device. inverse_count: () fp32, 1 / number of targets in the whole batch. A step whose norm
         is not finite changes nothing and is counted in ``skipped``. The host reads nothing back.
         """
-        grads = self.gradients()
-        norm = self.global_norm(grads) * inverse_count
+        grads = iter(self.gradients())
+        lists = [group.rows([next(grads) for _ in group.params]) for group in self.groups]
+        norm = self.global_norm([g for _, _, group, _, _ in lists for g in group]) * inverse_count
         scale = inverse_count
         if self.config.grad_clip > 0.0:
             scale = scale * torch.clamp(self.config.grad_clip / (norm + 1e-6), max=1.0)
@@ -90,14 +104,11 @@ class AdamW:
         self.skipped += skip
         self.steps_done += 1.0 - skip
         step = torch.clamp(self.steps_done, min=1.0)  # a skipped first step must not divide by 1 - β⁰
-        start = 0
-        for group in self.groups:
-            stop = start + len(group.params)
+        for group, rows in zip(self.groups, lists, strict=True):
             self.adamw(
-                group.params, group.copies, grads[start:stop], group.exp_avgs, group.exp_avg_sqs, lr, step, scale, skip,
+                *rows, lr, step, scale, skip,
                 self.config.beta1, self.config.beta2, self.config.eps, group.weight_decay,
             )  # fmt: skip
-            start = stop
         return norm
 
     def zero_grad(self) -> None:

@@ -53,6 +53,17 @@ def bf16_gain_on_cpu(N: int = 512, C: int = 768, repeats: int = 12) -> float:
     return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
 
 
+def lay_out(model: Any, layout: str) -> None:
+    """Put the matrices of the model's GEMMs into memory as ``layout`` says, "out_in" or "in_out". Names, shapes and
+    values stay; copies, gradients and moments that are made like the parameters afterwards lie as they do.
+    """
+    if layout == "in_out":
+        chosen = set(model.compute_parameters())
+        for name, parameter in model.named_parameters():
+            if name in chosen and parameter.ndim == 2:
+                parameter.data = parameter.data.t().contiguous().t()
+
+
 def to_compute_dtype(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Put the model's GEMM operands into ``dtype``; returns name → fp32 master for each parameter that was changed."""
     model.compute_dtype = dtype

@@ -89,6 +89,7 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
     dtype = precision.resolve(config.train.precision, device)
     if world.any(dtype == torch.float32):  # auto is measured, and all processes must compute alike
         dtype = torch.float32
+    precision.lay_out(model, config.train.weight_layout)
     masters = precision.to_compute_dtype(model, dtype)
     optimizer = AdamW(model, config.optim, masters)
     compiled = should_compile(config, device)[0] if compile is None else compile
@@ -104,7 +105,9 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
         from tritium.engine import recompute
 
         recompute.apply(model, config.train.recompute, config.train.recompute_keep)
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    forward = model
+    if compiled:
+        forward = torch.compile(model, fullgraph=True, dynamic=False, mode=config.train.compile_mode)
     model.train()
     if world.rank > 0:  # the weights were drawn alike everywhere; dropout must not be
         torch.manual_seed(config.train.seed + world.rank)

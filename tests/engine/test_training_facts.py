@@ -127,6 +127,56 @@ def test_gradient_norm_and_update_are_those_of_the_mean_over_the_whole_batch(mic
         torch.testing.assert_close(weight - before[name], moved[name], rtol=1e-5, atol=1e-5 * largest, msg=name)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_layout_of_the_weights_is_as_asked_and_changes_no_result(precision, compiled, monkeypatch):
+    """in_out: every matrix of the blocks' GEMMs, and all that is kept for it, lies so; nothing is copied on the way to
+    the update; losses, weights and the tensors of a checkpoint are those of out_in.
+    """
+    results = {}
+    for layout in ("out_in", "in_out"):
+        engine = train.build(
+            config_for(model_vocab_size=V, train_batch_rows=4, train_micro_rows=2, train_precision=precision,
+                       train_weight_layout=layout),
+            compile=compiled,
+        )  # fmt: skip
+        taken = []
+        for site in (engine.optimizer.adamw, engine.optimizer.global_norm):
+            monkeypatch.setattr(site, "function", seen_by(taken, site.function))
+        losses = [
+            train_step(engine.loss, engine.optimizer, parts(rows(4), 2), torch.tensor(1e-2), 0.02)[0].item()
+            for _ in range(3)
+        ]
+        assert taken and all(t.is_contiguous() for t in taken)
+        matrices = {n for n, p in engine.model.named_parameters() if p.ndim == 2 and n.startswith("blocks.")}
+        assert len(matrices) == 4
+        state = engine.state()
+        for name, parameter in engine.model.named_parameters():
+            kept = [state[f"{kind}.{name}"] for kind in ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")]
+            for tensor in (parameter, *kept):
+                turned = layout == "in_out" and name in matrices
+                assert tensor.is_contiguous() is not turned and (not turned or tensor.t().is_contiguous()), name
+                assert tensor.shape == parameter.shape
+        results[layout] = losses, {name: tensor.clone() for name, tensor in state.items()}
+    (losses, state), (other_losses, other_state) = results.values()
+    bound = 1e-5 if precision == "fp32" else 1e-2
+    assert other_losses == pytest.approx(losses, rel=bound) and losses[2] < losses[0]
+    assert state.keys() == other_state.keys()
+    for name, tensor in state.items():
+        if name.startswith("model."):  # of the moments, a tiny one may differ by more than its own size
+            torch.testing.assert_close(other_state[name], tensor, rtol=0, atol=10 * bound * 0.2, msg=name)
+
+
+def seen_by(taken: list[torch.Tensor], function):
+    """``function``, whose tensors of two axes, those in lists too, are put into ``taken``."""
+
+    def wrapped(*args, **kwargs):
+        taken.extend(t for a in args for t in (a if isinstance(a, list) else [a]) if getattr(t, "ndim", 0) == 2)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_update_is_that_of_torch_adamw_with_and_without_masters(precision):
     optim = OptimConfig(weight_decay=0.5, grad_clip=0.5)
