@@ -93,9 +93,10 @@ class AdamW:
         lr: () fp32 on the device. inverse_count: () fp32, 1 / number of targets in the whole batch. A step whose norm
         is not finite changes nothing and is counted in ``skipped``. The host reads nothing back.
         """
-        grads = iter(self.gradients())
-        lists = [group.rows([next(grads) for _ in group.params]) for group in self.groups]
-        norm = self.global_norm([g for _, _, group, _, _ in lists for g in group]) * inverse_count
+        found = iter(self.gradients())
+        lists = [group.rows([next(found) for _ in group.params]) for group in self.groups]
+        grads = [grad for rows in lists for grad in rows[2]]
+        norm = self.global_norm(grads) * inverse_count
         scale = inverse_count
         if self.config.grad_clip > 0.0:
             scale = scale * torch.clamp(self.config.grad_clip / (norm + 1e-6), max=1.0)

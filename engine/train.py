@@ -14,7 +14,7 @@ import signal
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,7 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
         from tritium.engine import recompute
 
         recompute.apply(model, config.train.recompute, config.train.recompute_keep)
-    forward = model
+    forward: Callable[..., Tensor] = model
     if compiled:
         forward = torch.compile(model, fullgraph=True, dynamic=False, mode=config.train.compile_mode)
     model.train()
