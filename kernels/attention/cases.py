@@ -115,12 +115,15 @@ def seq_start(case: Case) -> torch.Tensor:
 
 def _anywhere(B: int, Tq: int, Tk: int) -> torch.Tensor:
     """Starts from -3 to Tk + 3, in no order; those of the last quarter of the queries lie beyond all keys, as padding's
-    may, so that of causal queries none sees the last keys."""
+    may, so that of causal queries none sees the last keys. Some are the lowest and the highest that int32 holds."""
+    lowest, highest = -(2**31), 2**31 - 1
     generator = torch.Generator().manual_seed(Tq * 1000 + Tk)
     starts = torch.randint(-3, Tk + 4, (B, Tq), generator=generator)
     early = torch.randint(-3, Tk // 4 + 1, (B, Tq), generator=generator)
     starts = torch.where(torch.rand(B, Tq, generator=generator) < 0.5, starts, early)
+    starts = torch.where(starts == -3, lowest, starts)
     starts[:, Tq - Tq // 4 :] = Tk + 1
+    starts[:, Tq - Tq // 4 :: 2] = highest
     return starts.to(torch.int32)
 
 

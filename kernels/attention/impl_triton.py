@@ -110,7 +110,8 @@ def _key_ranges(
         whole = tl.maximum(whole, tl.max(tl.where(i < Tq, starts, 0), 0))
     last = tl.maximum(last, 0)
     first = tl.minimum(tl.maximum(first, 0), last) // BLOCK_N * BLOCK_N
-    whole = tl.minimum(tl.cdiv(tl.maximum(whole, 0), BLOCK_N), tl.cdiv(last, BLOCK_N)) * BLOCK_N
+    # to last before it is rounded up: a document may start at the highest integer, which has none above it
+    whole = tl.cdiv(tl.minimum(tl.maximum(whole, 0), last), BLOCK_N) * BLOCK_N
     tail = tl.maximum(tl.maximum(tail, 0) // BLOCK_N * BLOCK_N, whole)
     return first, whole, tail, last
 
@@ -725,6 +726,11 @@ def _check(
 ) -> None:
     launch.require_dtype("attention", q=q, k=k, v=v)
     check_options(softcap, dropout)
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(
+            "attention takes q (B, Tq, H, D) and k, v (B, Tk, G, D); "
+            f"they are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     B, Tq, H, D = q.shape
     G = k.shape[2]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D or (H % G if G else H):
@@ -738,6 +744,8 @@ def _check(
         raise ValueError(f"attention in Triton: {reason}")
     if seq_start is not None and seq_start.shape != (B, Tq):
         raise ValueError(f"attention takes seq_start of shape (B, Tq) = ({B}, {Tq}); it is {tuple(seq_start.shape)}")
+    if seq_start is not None and seq_start.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"attention takes seq_start in int32, key positions; it is {seq_start.dtype}")
     if dropout > 0 and seed is None:
         raise ValueError("attention with dropout needs a seed tensor, or the result could not be repeated")
 

@@ -61,6 +61,8 @@ def test_queries_that_see_nothing_are_zero_and_have_no_gradient():
         ({n: random(1, 4, 2, 12) for n in "qkv"}, ValueError, "multiple of 8"),
         ({n: random(1, 4, 2, 264) for n in "qkv"}, ValueError, "up to 256"),
         ({"seq_start": torch.zeros(1, 3, dtype=torch.int32)}, ValueError, "seq_start"),
+        ({"seq_start": torch.zeros(1, 4)}, TypeError, "seq_start in int32.* torch.float32"),
+        ({n: random(4, 2, 16) for n in "qkv"}, ValueError, r"takes q \(B, Tq, H, D\)"),
     ],
 )
 def test_attention_refuses_what_it_cannot_do(change, error, words):
