@@ -59,7 +59,7 @@ SCHEMA: record.Schema = {
 METHOD = (
     "one process a cell; equal losses first; warm-up until the medians of two windows of 3 steps agree to 5 %; cells "
     "of a size that fit into memory together are interleaved, a round being every one once in an order and once in its "
-    "reverse; interval = 95 % percentile bootstrap over rounds"
+    "reverse; interval = 95 % bootstrap over rounds, stretched for few (timing.bootstrap_median)"
 )
 
 
@@ -211,7 +211,7 @@ class Size:
                 del left[running]
         first = self.first
         for name, taken in samples.items():
-            speeds = timing.bootstrap_median([2e3 * self.B * self.T / sum(pair) for pair in taken.rounds])
+            speeds = timing.bootstrap_median_of_positive([2e3 * self.B * self.T / sum(pair) for pair in taken.rounds])
             full, causal = (flops_per_token(self.config.model, self.T, kind) for kind in CONVENTIONS)
             over = None
             if first is not None and first["column"] in samples and first["column"] != name:

@@ -93,7 +93,7 @@ METHOD = (
     "one process an arm, one running at a time; waiting threads sleep in all (OMP_WAIT_POLICY=PASSIVE); on a CPU "
     "tritium keeps freed memory in the process, and so do the variants marked so; warm-up until the medians of two "
     "windows of 3 steps agree to 5 %; a round is every arm once in an order and once in its reverse; speedup = median "
-    "over rounds of the ratio of times within the round, 95 % percentile bootstrap"
+    "over rounds of the ratio of times within the round, 95 % bootstrap, stretched for few rounds"
 )
 
 

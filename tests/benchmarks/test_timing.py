@@ -62,6 +62,23 @@ def test_the_interval_covers_a_true_ratio_at_its_nominal_rate(rounds, disturbed)
     assert 0.9 <= covered <= 0.995  # nominal 0.95; 160 trials have a standard error of 0.017
 
 
+@pytest.mark.parametrize("rounds", [2, 3, 4, 6, 8])
+def test_the_interval_of_few_rounds_is_as_wide_as_it_has_to_be(rounds):
+    """Two numbers have the truth between them every second time: the interval must reach beyond its samples."""
+    found = [compare(Machine(seed), 100.0, 103.0, rounds) for seed in range(5000, 5400)]
+    covered = sum(f.low <= 1.03 <= f.high for f in found) / len(found)
+    assert 0.88 <= covered <= 0.99  # nominal 0.95; 400 trials have a standard error of 0.011
+
+
+def test_the_interval_of_positive_values_stays_positive():
+    two = timing.bootstrap_median_of_positive([100.0, 110.0])
+    assert 0.0 < two.low < 100.0
+    assert two.high > 110.0
+    assert two.median == pytest.approx((100.0 * 110.0) ** 0.5)
+    with pytest.raises(ValueError, match="positive"):
+        timing.bootstrap_median_of_positive([1.0, 0.0])
+
+
 @pytest.mark.parametrize("trouble", [{"drift_per_run": 0.02}, {"jump_at": 25}])
 def test_drift_and_a_jump_do_not_favour_an_arm(trouble):
     """The machine becomes 2 × slower by and by, or 1.25 × at once; timing one arm after the other would be fooled."""
