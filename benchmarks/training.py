@@ -231,13 +231,54 @@ class Uncounted(RuntimeError):
     """An op contains products of matrices and torch's counter has no formula for it; the message names it."""
 
 
+def attention_formulas() -> dict[Any, Callable[..., int]]:
+    """The FLOPs that fused attention executes, by operator, where the formula that is registered has others: torch's
+    have a causal square as a whole one, of which its kernels skip half, and do not know the CPU's; tritium's are the
+    model's, without the scores that backward computes again. Documents and windows are not known to any."""
+    import torch
+    from torch.utils.flop_counter import flop_registry
+
+    from tritium.kernels import ops
+    from tritium.kernels.op import KernelError
+
+    def of_torch(packet: Any, backward: bool) -> Callable[..., int]:
+        names = [argument.name for argument in packet.default._schema.arguments]
+
+        def formula(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            (B, H, Tq, D), (_, _, Tk, _), (*_, Dv) = (given[name] for name in ("query", "key", "value"))
+            widths = 3 * D + 2 * Dv if backward else D + Dv  # backward: s, dq, dk and dp, dv
+            return 2 * B * H * Tq * Tk * widths // (2 if given.get("is_causal") else 1)
+
+        return formula
+
+    def of_tritium(packet: Any, products: int) -> Callable[..., int]:
+        """products: that its backward executes; four are the model's."""
+        model = flop_registry[packet]
+        return lambda *args, out_shape=None, **kwargs: model(*args, **kwargs) * products // 4
+
+    found: dict[Any, Callable[..., int]] = {}
+    for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"):
+        for name, backward in ((f"_scaled_dot_product_{kind}", False), (f"_scaled_dot_product_{kind}_backward", True)):
+            if (packet := getattr(torch.ops.aten, name, None)) is not None:
+                found[packet] = of_torch(packet, backward)
+    for op, backend, products in (
+        (ops.attention, "native", 5), (ops.attention, "triton", 7), (ops.attention_lse, "triton", 7),
+    ):  # fmt: skip
+        with contextlib.suppress(KernelError):  # registers its operators; one that cannot be loaded trains nothing
+            op.load(backend)
+            packet = getattr(torch.ops.tritium, f"{op.name}_{backend}_backward")
+            found[packet] = of_tritium(packet, products)
+    return found
+
+
 def flops_done(training: Training, B: int, T: int) -> int:
     """FLOPs of one step as it is run, what is computed again included: torch's counter over a step of the same model
     with the very functions that the call sites are bound to, eager, on tensors without contents. Raises Uncounted."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
     from tritium.engine import recompute, train
     from tritium.engine.parallel import World
@@ -245,14 +286,8 @@ def flops_done(training: Training, B: int, T: int) -> int:
     from tritium.kernels.op import call_sites
     from tritium.kernels.peaks import ON_TENSOR_CORES
 
-    aten = torch.ops.aten
-    cpus = {  # as torch's own of the same kernel on a GPU, which torch does not register for a CPU
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
-        ),
-    }
-    formulas = {**flop_registry, **cpus}
+    attention = attention_formulas()
+    formulas = {**flop_registry, **attention}
     missing: set[str] = set()
 
     class Missing(TorchDispatchMode):
@@ -273,7 +308,7 @@ def flops_done(training: Training, B: int, T: int) -> int:
         for (_, ours), (_, theirs) in zip(call_sites(engine.model), call_sites(training.engine.model), strict=True):
             ours.function = theirs.function
         ids = torch.zeros(B, T, dtype=torch.int64, device=training.world.device)
-        with FlopCounterMode(display=False, custom_mapping=cpus) as counter, Missing():
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter, Missing():
             engine.loss(MicroBatch(ids, ids)).backward()
     if missing:
         raise Uncounted(

@@ -88,15 +88,27 @@ def test_flops_that_are_done_are_counted_and_recomputing_adds_to_them():
     assert by["full"] - by["none"] == 32 * (2 * (weights - last) + attention)
 
 
-def test_flops_are_those_of_the_functions_that_training_is_bound_to():
-    """And not of what auto would mean in an eager step: attention over half the square, put at the sites by hand."""
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa_flash", "native"])
+def test_flops_are_those_of_the_functions_that_training_is_bound_to(backend):
+    """And not of what auto would mean in an eager step: attention over half the square, put at the sites by hand. All
+    of these do the same: two products forward and five backward, which computes the scores again. torch's own formulas
+    have the whole square, and tritium's, of the model's FLOPs, no scores computed again."""
     trained = ours.build(CONFIG.replace(kernels={"default": "reference"}), "cpu", 2)
     before = training.flops_done(trained, 2, 16)
     for _, site in call_sites(trained.engine.model):
         if site.op.name == "attention":
-            site.function = ops.attention.load("sdpa").function
-    attention = 32 * 4 * 16 * 32 * 2  # torch's formula for flash: 2.5 times forward in backward, the reference 2 times
-    assert training.flops_done(trained, 2, 16) == before + attention // 2
+            site.function = ops.attention.load(backend).function
+    product = 32 * 2 * 16 * 32 * 2  # over the whole square, of all tokens and layers; the reference has six
+    assert training.flops_done(trained, 2, 16) == before - 6 * product + 7 * product // 2
+
+
+@pytest.mark.parametrize(("op", "backend", "products"), [("attention", "native", 5), ("attention", "triton", 7)])
+def test_scores_that_backward_computes_again_are_counted(op, backend, products):
+    """impl_triton.py: its two walks share no products."""
+    formula = training.attention_formulas()[getattr(torch.ops.tritium, f"{op}_{backend}_backward")]
+    B, T, H, D = shape = (2, 64, 4, 16)
+    passed = (shape, shape, shape, shape, None, None, shape, (B, H, T), True, 0.25, 0)
+    assert formula(*passed, 0.0, 0.0) == products * 2 * B * H * D * T * T // 2
 
 
 @pytest.fixture
