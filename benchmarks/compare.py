@@ -10,8 +10,9 @@ samples further apart than a block (an eighth of a record, two rounds at least) 
 more slowly than a record lasts is in no interval: run A, B, A and compare the As to see it.
 
 Exit status: 0; 1 when a gated figure is certainly below the gate (its whole interval is; with --strict, when any of it
-is, or when B lacks the figure), or when a check in either record is red, since the speed of something wrong is not
-compared; 2 when the records are not of the same thing (--anyway compares them) or cannot be read.
+is, or when B lacks the figure or the record), when a gate judged nothing, or when a check in either record is red,
+since the speed of something wrong is not compared; 2 when the records are not of the same thing (--anyway compares
+them) or cannot be read.
 """
 
 from __future__ import annotations
@@ -170,12 +171,18 @@ def not_the_same(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         "kind": [r["kind"] for r in (a, b)],
         "preset": [r["preset"] for r in (a, b)],
         "device": [f"{r['machine']['name']}, {r['machine']['arch']}" for r in (a, b)],
-        **{f"settings.{k}": [s.get(k) for s in settings] for k in ("T", "B", "processes")},
+        "dtype": [r.get("dtype") for r in (a, b)],
+        **{f"settings.{k}": [s.get(k) for s in settings] for k in ("T", "B", "processes", "precision")},
     }
     shapes = [_object(s, "presets") for s in settings]  # a ladder's
     facts |= {f"settings.presets.{k}": [s[k] for s in shapes] for k in shapes[0] if k in shapes[1]}
     if a["machine"]["device"] == "cpu":
         facts["cores"] = [r["machine"]["cores"] for r in (a, b)]
+        # of processors with one name, or of a virtual one, the instructions may differ
+        facts["features"] = [", ".join(r["machine"]["features"]) or "none" for r in (a, b)]
+        threads = [r["machine"]["threads"] for r in (a, b)]
+        if None not in threads:  # a record from before version 3 does not say
+            facts["threads"] = threads
     return [f"{name}: {x} and {y}" for name, (x, y) in facts.items() if x != y]
 
 
@@ -188,7 +195,7 @@ def _object(of: dict[str, Any], key: str) -> dict[str, Any]:
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """What else differs, and may be the cause or the point of a difference."""
     found = []
-    for name in ("commit", "dirty", "dtype"):
+    for name in ("commit", "dirty"):
         if a.get(name) != b.get(name):
             found.append(f"{name}: {a.get(name)} → {b.get(name)}")
     found += [
@@ -196,6 +203,13 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         for name in sorted(a["versions"].keys() | b["versions"].keys())
         if a["versions"].get(name) != b["versions"].get(name)
     ]
+    set_a, set_b = a["environment"], b["environment"]
+    if set_a is not None and set_b is not None:  # a record from before version 3 does not say
+        found += [
+            f"environment: {name}: {set_a.get(name, 'unset')} → {set_b.get(name, 'unset')}"
+            for name in sorted(set_a.keys() | set_b.keys())
+            if set_a.get(name) != set_b.get(name)
+        ]
     found += [f"kernels: {text}" for text in _kernels(a, b)]
     for name in sorted(a["sources"].keys() | b["sources"].keys()):
         old, new = a["sources"].get(name, "absent"), b["sources"].get(name, "absent")
@@ -329,6 +343,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = 2
     for path in alone:
         print(f"not compared, the other folder has none of this name: {path}")
+        if a.strict and path.parent == a.a:
+            print(f"\ngate {a.gate:g}: FAILED, B lacks the record of {path}")
+            status = max(status, 1)
     return status
 
 
@@ -375,6 +392,12 @@ def _show(
         return 0
     refused = ("below the gate", "on the gate") if options.strict else ("below the gate",)
     failed = [line.name for line in lines if line.gated(gate, single) in refused]
+    if all(line.gated(gate, single) == "not gated" for line in lines):
+        print(
+            f"\ngate {gate:g}: FAILED, nothing was gated: no figure of both records has two samples; --gate-single "
+            "gates those that were taken once"
+        )
+        return 1
     if options.strict:
         failed += [text for text in left_out if not text.startswith("only in B")]
     rule = "not certainly above it" if options.strict else "certainly below it"

@@ -22,11 +22,13 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 Schema = Any
-VERSION = 2
+VERSION = 3
+READABLE = (1, 2, VERSION)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IN_SOURCE_TREE = (ROOT / "setup.py").exists()  # and not an installed wheel, which may lie inside some other repository
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tritium")
@@ -38,6 +40,7 @@ MACHINE: Schema = {
     "arch": str,  # "x86_64", "sm_90"
     "features": [str],  # of a CPU: which of FEATURES it has
     "cores": int,  # that this process may use
+    "threads": (int, type(None)),  # that torch computes with; null where torch was not loaded, and before version 3
     "memory_bytes": int,  # of the host
     "load_average": [NUMBER],  # when the record was begun: 1, 5, 15 minutes
     "state": {  # when the record was begun; null or [] where the system does not say
@@ -68,12 +71,22 @@ COMMON: Schema = {
     "dirty": bool,  # whether the tree differed from that commit (benchmarks/results aside)
     "machine": MACHINE,
     "versions": {str: str},  # python and PACKAGES; "absent" where not installed
+    "environment": (
+        dict,
+        type(None),
+    ),  # the variables that were set and may decide a speed: see ENVIRONMENT; null before
+    # version 3
     "preset": (str, type(None)),
     "kernels": [KERNEL],  # which backend served which call site of tritium's model
     "sources": {str: str},  # "op.backend" → digest of the source files that it is made of
     "figures": [FIGURE],
     "checks": [CHECK],
 }
+ENVIRONMENT = (  # what the variables that may decide a speed begin with; places and versions are none
+    "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "TORCH", "PYTORCH_", "ATEN_", "TRITON_", "CUDA_",
+    "CUBLAS_", "CUDNN_", "NCCL_", "MALLOC_", "GLIBC_", "LD_PRELOAD",
+)  # fmt: skip
+NOT_ENVIRONMENT = ("DIR", "PATH", "HOME", "FILE", "VERSION")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
@@ -118,6 +131,11 @@ def begin(kind: str, command: str, device: str, preset: str | None = None) -> di
         "dirty": dirty,
         "machine": machine(device),
         "versions": versions(),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(ENVIRONMENT) and not name.endswith(NOT_ENVIRONMENT)
+        },
         "preset": preset,
         "kernels": [],
         "sources": {},
@@ -196,8 +214,8 @@ def _imported(path: pathlib.Path, seen: dict[pathlib.Path, bytes]) -> dict[pathl
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-    """A record's common and own fields; RecordError when it is none, is cut short, or is of a version that this does
-    not read (1 is brought up to date)."""
+    """A record's common and own fields; RecordError when it is none, is cut short, is of a version that this does
+    not read (older ones are brought up to date), or whose figures contradict themselves."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -209,9 +227,12 @@ def read(path: pathlib.Path) -> dict[str, Any]:
             found = _from_version_1(found)
         except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise RecordError(f"{path} is a damaged record of version 1: {type(error).__name__}: {error}") from error
+    if found["schema"] == 2:
+        found = from_version_2(found)
     if found["schema"] != VERSION:
-        raise RecordError(f"{path} has schema {found['schema']!r}; this version of tritium reads 1 and {VERSION}")
-    wrong = problems({k: found[k] for k in COMMON if k in found}, COMMON)
+        known = ", ".join(map(str, READABLE))
+        raise RecordError(f"{path} has schema {found['schema']!r}; this version of tritium reads {known}")
+    wrong = problems({k: found[k] for k in COMMON if k in found}, COMMON) or contradictions(found["figures"])
     if wrong:
         raise RecordError(f"{path} does not fit the schema of records:\n  " + "\n  ".join(wrong))
     return found
@@ -219,7 +240,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
     """Version 1 had no state of the machine, no sources, figures and checks; a throughput record's come of its arms."""
-    new = old | {"schema": VERSION, "preset": None, "kernels": [], "sources": {}, "figures": [], "checks": []}
+    new = old | {"schema": 2, "preset": None, "kernels": [], "sources": {}, "figures": [], "checks": []}
     new["machine"] = old.get("machine", {}) | {"state": dict.fromkeys(MACHINE["state"]) | {"throttled_by": []}}
     if old["kind"] == "throughput":
         settings, arms = old["settings"], old["arms"]
@@ -237,9 +258,43 @@ def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
+def from_version_2(old: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 did not say with how many threads and in which environment, and called figures OF_A_RATE goals."""
+    new = {"environment": None, **old, "schema": VERSION}
+    if isinstance(old.get("machine"), dict):
+        new["machine"] = {"threads": None, **old["machine"]}
+    if old["kind"] == "train" and isinstance(old.get("figures"), list):
+        new["figures"] = [
+            f | {"better": ""} if isinstance(f, dict) and str(f.get("name")).endswith(OF_A_RATE) else f
+            for f in old["figures"]
+        ]
+    return new
+
+
+OF_A_RATE = " of measured matmul"  # no goal: the divisor is measured once, and its noise is in no sample
+
+
+def contradictions(figures: Iterable[dict[str, Any]]) -> list[str]:
+    """Every figure that is there twice, or whose value is not the median of its samples."""
+    found, seen = [], set()
+    for i, one in enumerate(figures):
+        name = one["name"]
+        if name in seen:
+            found.append(f"record.figures[{i}] is the second with the name {name!r}; names are unique")
+        seen.add(name)
+        try:
+            median = statistics.median(one["samples"]) if one["samples"] else one["value"]
+            fits = math.isclose(one["value"], median, rel_tol=1e-6, abs_tol=1e-12)
+        except OverflowError:  # of an integer that no float holds
+            median, fits = math.inf, False
+        if not fits:
+            found.append(f"record.figures[{i}].value of {name!r} is {one['value']!r}, its samples' median {median!r}")
+    return found
+
+
 def write(record: dict[str, Any], schema: Schema, path: pathlib.Path) -> None:
     """Check a record and write it whole or not at all; RecordError lists every problem."""
-    found = problems(record, {**COMMON, **schema})
+    found = problems(record, {**COMMON, **schema}) or contradictions(record["figures"])
     if found:
         raise RecordError(f"{path.name} was not written, its record does not fit the schema:\n  " + "\n  ".join(found))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -288,6 +343,7 @@ def machine(device: str) -> dict[str, Any]:
         "arch": arch,
         "features": [feature for feature in FEATURES if feature in flags],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "state": _gpu_state() if device == "cuda" else _cpu_state(),

@@ -88,7 +88,9 @@ class Run:
     @property
     def environment(self) -> dict[str, Any] | None:
         found = [line.get("environment") for lines in self.lines.values() for line in lines]
-        return next((e for e in found if isinstance(e, dict) and not record.problems(e, record.COMMON)), None)
+        said = [e for e in found if isinstance(e, dict) and isinstance(e.get("kind"), str)]
+        current = [record.from_version_2(e) if e.get("schema") == 2 else e for e in said]
+        return next((e for e in current if not record.problems(e, record.COMMON)), None)
 
     @property
     def rehearsal(self) -> bool:
@@ -798,8 +800,14 @@ def provenance(found: Found) -> Section:
         blocks += [
             Text("Command:", code=data["command"]),
             Text(f"Commit {data['commit']}{' (modified)' if data['dirty'] else ''}; {versions}."),
-            Text(f"{entry.machine}, {data['machine']['arch']}" + (f"; at the start: {state_text}." if state else ".")),
+            Text(
+                f"{entry.machine}, {data['machine']['arch']}"
+                + ("" if (threads := data["machine"]["threads"]) is None else f", {_count(threads, 'thread')}")
+                + (f"; at the start: {state_text}." if state else ".")
+            ),
         ]
+        if data["environment"]:
+            blocks.append(Text("Set: " + ", ".join(f"{k}={v}" for k, v in data["environment"].items()) + "."))
         if data["checks"]:
             rows = [
                 [Cell(c["name"]), Cell("ok") if c["ok"] else Cell("RED", kind="red"), Cell(c["detail"])]

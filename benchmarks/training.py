@@ -484,7 +484,9 @@ def bench(
         for against, divisor in (("measured matmul", rate), ("datasheet", peak_rate)):
             if flops is not None and divisor is not None:
                 shares = [utilisation(1e3 * B * T / t, flops, divisor) for t in ms]
-                figures.append(record.figure(f"{name} of {against}", "fraction", "higher", shares))
+                label = f"{name} of {against}"
+                better = "" if label.endswith(record.OF_A_RATE) else "higher"
+                figures.append(record.figure(label, "fraction", better, shares))
     checks = [
         record.check("nothing compiled after the warm-up", later.graphs == 0, f"{later.graphs} graphs"),
         record.check("one graph", settled.graphs == int(training.engine.compiled), f"{settled.graphs} graphs"),

@@ -171,6 +171,41 @@ def test_a_figure_that_was_taken_once_is_gated_only_when_asked(tmp_path, capsys)
     assert "FAILED, certainly below it: peak memory" in capsys.readouterr().out
 
 
+def test_a_gate_that_judged_nothing_does_not_pass(tmp_path, capsys):
+    once = [record.figure("peak memory", "bytes", "lower", value=1e9)]
+    a, b = (made(tmp_path, name, figures=once) for name in "ab")
+    assert compare.main([a, b]) == 0
+    capsys.readouterr()
+    assert compare.main([a, b, "--gate", "0.98"]) == 1
+    assert "FAILED, nothing was gated" in (out := capsys.readouterr().out)
+    assert "--gate-single" in out
+    assert compare.main([a, b, "--gate", "0.98", "--gate-single"]) == 0
+
+
+def test_a_record_that_b_lacks_fails_the_strict_gate(tmp_path, capsys):
+    for folder in ("before", "after"):
+        made(tmp_path / folder, "x")
+    folders = [str(tmp_path / "before"), str(tmp_path / "after")]
+    made(tmp_path / "after", "new")
+    assert compare.main([*folders, "--gate", "0.9", "--strict"]) == 0
+    gone = made(tmp_path / "before", "gone")
+    assert compare.main([*folders, "--gate", "0.9"]) == 0
+    capsys.readouterr()
+    assert compare.main([*folders, "--gate", "0.9", "--strict"]) == 1
+    assert f"gate 0.9: FAILED, B lacks the record of {gone}" in capsys.readouterr().out
+
+
+def test_what_was_set_differently_around_the_program_is_said(tmp_path, capsys):
+    a = made(tmp_path, "a", environment={"OMP_WAIT_POLICY": "PASSIVE", "MKL_CBWR": "AVX2"})
+    b = made(tmp_path, "b", environment={"OMP_WAIT_POLICY": "ACTIVE"})
+    assert compare.main([a, b]) == 0
+    out = capsys.readouterr().out
+    assert "environment: MKL_CBWR: AVX2 → unset" in out
+    assert "environment: OMP_WAIT_POLICY: PASSIVE → ACTIVE" in out
+    assert compare.main([made(tmp_path, "old", environment=None, machine__threads=None), b]) == 0
+    assert "environment" not in capsys.readouterr().out
+
+
 def test_a_figure_that_is_gone_is_said_and_fails_the_strict_gate(tmp_path, capsys):
     a, b = made(tmp_path, "a"), made(tmp_path, "b", speed=200.0, ms=1.0)
     result = json.loads((tmp_path / "b.json").read_text())
@@ -258,6 +293,10 @@ def test_nothing_differs_between_a_record_and_itself(tmp_path, capsys):
         ({"machine__cores": 96}, "cores: "),
         ({"settings__T": 32}, "settings.T: 16 and 32"),
         ({"settings__B": 1}, "settings.B: 2 and 1"),
+        ({"dtype": "bfloat16"}, "dtype: None and bfloat16"),
+        ({"settings__precision": "bf16"}, "settings.precision: None and bf16"),
+        ({"machine__features": ["sve"]}, "features: "),
+        ({"machine__threads": 96}, "threads: "),
         ({"settings__presets": {"few": {"T": 3, "B": 2}, "new": {}}}, "settings.presets.few: "),
     ],
 )

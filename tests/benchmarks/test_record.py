@@ -130,7 +130,16 @@ def test_a_record_with_figures_and_checks_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"schema": 3}, "has schema 3"),
+        ({"schema": 4}, "has schema 4"),
+        (
+            {"figures": [record.figure("step", "ms", "lower", [1.0, 2.0]) | {"value": 3.0}]},
+            "figures[0].value of 'step' is 3.0, its samples' median 1.5",
+        ),
+        (
+            {"figures": [record.figure("step", "ms", "lower", value=v) for v in (1.0, 2.0)]},
+            "is the second with the name",
+        ),
+        ({"figures": [record.figure("step", "ms", "lower", [1.0]) | {"value": 10**400}]}, "its samples' median"),
         ({"figures": [{"name": "step", "value": 1.0}]}, "figures[0].unit is missing"),
         ({"figures": [record.figure("step", "ms", "lower", [float("inf")])]}, "figures[0].value must be finite"),
         ({"figures": [record.figure("a", "ms", "", value=1.0) | {"samples": [1.0, "2"]}]}, "samples[1] must be int"),
@@ -148,13 +157,47 @@ def test_a_record_whose_common_fields_do_not_fit_is_not_read(tmp_path, changes, 
     assert "a.json" in str(raised.value)
 
 
-NEW_IN_2 = ("preset", "kernels", "sources", "figures", "checks")
+def test_a_record_that_contradicts_itself_is_not_written(tmp_path):
+    result = record.begin("test", "tritium bench", "cpu") | GOOD
+    result["figures"] = [record.figure("step", "ms", "lower", [1.0]) for _ in range(2)]
+    with pytest.raises(record.RecordError, match="second with the name 'step'"):
+        record.write(result, SCHEMA, tmp_path / "a.json")
+
+
+def test_threads_and_what_was_set_around_the_program_are_recorded(monkeypatch):
+    torch = pytest.importorskip("torch")
+    for name, value in {
+        "OMP_WAIT_POLICY": "ACTIVE", "TRITON_CACHE_DIR": "/somewhere", "MY_OMP_KEY": "secret", "LD_PRELOAD": "",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    common = record.begin("test", "tritium bench", "cpu")
+    assert common["machine"]["threads"] == torch.get_num_threads()
+    assert common["environment"]["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert common["environment"].keys().isdisjoint({"TRITON_CACHE_DIR", "MY_OMP_KEY", "PATH", "HOME"})
+    assert common["environment"]["LD_PRELOAD"] == ""
+
+
+def test_records_of_version_2_are_brought_up_to_date(tmp_path):
+    """They do not say with how many threads, and called a goal what is divided by a rate that was measured once."""
+    now = record.begin("train", "tritium bench train", "cpu", "tiny")
+    names = ("tokens/s", "MFU, full of measured matmul", "MFU, full of datasheet")
+    now["figures"] = [record.figure(name, "", "higher", [1.0, 2.0]) for name in names]
+    old = {key: value for key, value in now.items() if key != "environment"} | {"schema": 2}
+    old["machine"] = {key: value for key, value in now["machine"].items() if key != "threads"}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    found = record.read(tmp_path / "old.json")
+    assert (found["schema"], found["environment"], found["machine"]["threads"]) == (record.VERSION, None, None)
+    assert {f["name"]: f["better"] for f in found["figures"]} == dict(zip(names, ("higher", "", "higher"), strict=True))
+    assert record.problems(found, record.COMMON) == []
+
+
+NEW_SINCE = ("environment", "preset", "kernels", "sources", "figures", "checks")
 
 
 def test_a_record_of_version_1_of_another_kind_has_no_figures(tmp_path):
     now = record.begin("overhead", "tritium bench overhead", "cpu")
-    old = {key: value for key, value in now.items() if key not in NEW_IN_2} | {"schema": 1, "rows": [1]}
-    old["machine"] = {key: value for key, value in now["machine"].items() if key != "state"}
+    old = {key: value for key, value in now.items() if key not in NEW_SINCE} | {"schema": 1, "rows": [1]}
+    old["machine"] = {key: value for key, value in now["machine"].items() if key not in ("state", "threads")}
     (tmp_path / "old.json").write_text(json.dumps(old))
     found = record.read(tmp_path / "old.json")
     assert record.problems({key: found[key] for key in record.COMMON}, record.COMMON) == []

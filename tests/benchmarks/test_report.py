@@ -259,6 +259,15 @@ def test_every_kind_is_shown_with_its_numbers(tmp_path):
     assert not page.loud
 
 
+def test_threads_and_environment_are_on_the_page(tmp_path):
+    made = train(environment={"OMP_WAIT_POLICY": "PASSIVE"})
+    made["machine"] = made["machine"] | {"threads": 7}
+    put(tmp_path, {"a.json": made})
+    text = page_of(tmp_path).text
+    assert "7 threads" in text
+    assert "Set: OMP_WAIT_POLICY=PASSIVE." in text
+
+
 def test_the_page_needs_nothing_else(tmp_path):
     put(tmp_path, {f"{kind}.json": made() for kind, made in KINDS.items()} | {"gpu/device.jsonl": stage("device")})
     page = page_of(tmp_path)
