@@ -76,7 +76,34 @@ HOST = re.compile(
     r"^tritium::step$|^autograd::|^torch::autograd|Backward\d*$|^Eager$|^## Call Compiled|Dynamo|^CompiledFunction"
     r"|^Torch-Compiled|AOTDispatcher|^cuda[A-Z]|^cu[A-Z]|^Inductor|^ProfilerStep|Runtime Wrapper|Optimizer\."
 )
-ELEMENTWISE = re.compile(r"^aten::|^graph_\d+_|^triton_|elementwise|vectorized|reduce_kernel|fused_|[Mm]em(cpy|set)")
+# what moves, makes, compares or adds up elements; any other operator of torch's (a sort, a convolution) is work that
+# nobody expects in a step, and "other"
+_MOVES = (
+    "copy clone contiguous to _to_copy type_as lift_fresh cat concat concatenate stack hstack vstack pad "
+    "constant_pad_nd slice select narrow diagonal split split_with_sizes chunk unbind view reshape view_as "
+    "unsafe_view _unsafe_view _reshape_alias unflatten flatten transpose t permute movedim swapaxes expand "
+    "expand_as broadcast_to repeat repeat_interleave tile as_strided unsqueeze squeeze detach alias unfold roll "
+    "flip index index_put _index_put_impl index_add index_copy index_fill gather scatter scatter_add "
+    "scatter_reduce masked_fill masked_scatter take take_along_dim view_as_real view_as_complex real imag set "
+    "resize result_type item _local_scalar_dense is_nonzero is_pinned pin_memory _pin_memory record_stream"
+)
+_MAKES = (
+    "empty zeros ones full arange scalar_tensor empty_like zeros_like ones_like full_like new_empty new_zeros "
+    "new_ones new_full new_empty_strided empty_strided fill zero tril triu eye one_hot bernoulli dropout "
+    "native_dropout _fused_dropout rand randn randint random"
+)
+_COMPUTES = (
+    "add sub rsub mul multiply div divide true_divide floor_divide remainder fmod neg negative pow square sqrt "
+    "rsqrt reciprocal exp exp2 expm1 log log2 log1p abs sign sgn sin cos tan atan2 floor ceil round trunc frac "
+    "clamp clamp_min clamp_max maximum minimum fmax fmin where lerp addcmul addcdiv isfinite isnan isinf isin eq "
+    "ne lt le gt ge equal logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not "
+    "bitwise_xor nan_to_num sum mean prod amax amin max min aminmax any all std var norm linalg_vector_norm "
+    "vector_norm tanh sigmoid erf softmax _softmax cumsum _amp_foreach_non_finite_check_and_unscale"
+)
+ELEMENTWISE = re.compile(
+    rf"^aten::(_foreach_)?({'|'.join(' '.join((_MOVES, _MAKES, _COMPUTES)).split())})(_|_backward|_copy)?$"
+    r"|^graph_\d+_|^triton_|elementwise|vectorized|reduce_kernel|fused_|[Mm]em(cpy|set)"
+)
 LAUNCH = re.compile(r"^(cuda|cu|hip)[A-Z]")  # the host's calls of the device's runtime and driver
 RANGES = {
     "tritium::data": "data wait", "tritium::to_device": "host to device", "tritium::optimizer": "optimizer",

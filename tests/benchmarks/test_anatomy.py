@@ -261,6 +261,35 @@ def test_a_planted_wait_for_data_lands_in_its_row():
     )
 
 
+def test_work_that_no_row_is_for_is_other_and_fails_the_run():
+    """A sort is no elementwise work, though it is an operator of torch's like any."""
+    trained = training()
+    numbers = torch.rand(1 << 20)
+
+    def planted(*_):
+        torch.sort(numbers)
+
+    trained.engine.model.register_forward_pre_hook(planted)
+    times, wall_ms = anatomy.profile(trained, source(), steps=1)
+    rows = anatomy.table(times, wall_ms, {})
+    assert [check["name"] for check in anatomy.checks(rows) if not check["ok"]] == ["other is at most 5 % of the step"]
+    (other,) = (row for row in rows if row["row"] == "other")
+    assert other["top"][0]["name"] == "aten::sort"
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("aten::add_", "elementwise"), ("aten::_foreach_mul_", "elementwise"), ("aten::sum", "elementwise"),
+        ("aten::_to_copy", "elementwise"), ("aten::slice_backward", "elementwise"), ("aten::cat", "elementwise"),
+        ("aten::sort", "other"), ("aten::_fft_r2c", "other"), ("aten::convolution", "other"), ("aten::topk", "other"),
+        ("graph_0_cpp_fused_add_3", "elementwise"), ("triton_poi_fused_add_mul_0", "elementwise"),
+    ],
+)  # fmt: skip
+def test_what_counts_as_elementwise(name, row):
+    assert anatomy.rows_of([anatomy.Event(name, 0.0, 1.0)]) == [row]
+
+
 def test_a_loader_that_is_slower_than_the_step_is_waited_for(tmp_path, monkeypatch):
     """tritium train's own loader, which reads ahead: only what the step does not hide is waited for."""
     from tritium.benchmarks.training import handing_out
