@@ -196,10 +196,12 @@ def bench_case(
     request: Request,
     clock: timing.Clock,
     refused: list[dict[str, str]],
+    broken: list[str] | None = None,
 ) -> Iterator[Measured]:
     """Time the given (backend, compiled) on one case, interleaved; a round is twice ``inner`` calls of each.
 
-    A backend for which the device's memory does not suffice is left out, and ``refused`` says so.
+    A backend for which the device's memory does not suffice is left out, and ``refused`` says so; of one that raises
+    anything else ``broken`` (None: it is raised).
     """
     inputs = [op.cases.inputs(case, dtype, request.device, seed) for seed in (0, 1)]
     for what in kinds(op):
@@ -214,6 +216,12 @@ def bench_case(
             except torch.OutOfMemoryError:
                 refused.append({"op": op.name, "backend": key, "why": f"{case} {what}: out of memory"})
                 torch.cuda.empty_cache()
+                continue
+            except Exception as error:  # a backend of anyone's; the others are timed all the same
+                if broken is None:
+                    raise
+                words = (str(error).strip() or "no message").splitlines()[0][:300]
+                broken.append(f"{op.name}.{key} {case} {what}: {type(error).__name__}: {words}")
                 continue
             arms[key], named[key] = arm, (backend, compiled)
         if not arms:
@@ -252,11 +260,17 @@ def check_request(op: Op, backend: str, device: str, dtypes: Sequence[torch.dtyp
     return request
 
 
-def bench_ops(request: Request, gate: Gate, clock: timing.Clock, refused: list[dict[str, str]]) -> Iterator[Measured]:
+def bench_ops(
+    request: Request,
+    gate: Gate,
+    clock: timing.Clock,
+    refused: list[dict[str, str]],
+    broken: list[str] | None = None,
+) -> Iterator[Measured]:
     """Time every wanted backend of every wanted op on its large cases (or those named by ``pattern``).
 
     The eager reference is always among them. Backends that cannot serve a case are added to ``refused``; red ones to
-    ``gate.red``.
+    ``gate.red``; those that raise where they are timed to ``broken``, or it is raised where that is None.
     """
     machine = Machine.here(request.device)
     for op, dtype in itertools.product(request.ops, request.dtypes):
@@ -280,7 +294,7 @@ def bench_ops(request: Request, gate: Gate, clock: timing.Clock, refused: list[d
                 also = request.compiled or (name == "reference" and request.inductor)
                 modes = (False, True) if also and not op.updates else (False,)
                 chosen += [(backend, mode) for mode in modes if gate.admits(op, backend, dtype, mode)]
-            yield from bench_case(op, chosen, case, dtype, request, clock, refused)
+            yield from bench_case(op, chosen, case, dtype, request, clock, refused, broken)
 
 
 def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
@@ -320,11 +334,12 @@ def on_device(bench: Bench) -> None:
     """The stage ``kernels`` of ``make gpu``: every op at the shapes that matter, in bf16."""
     gate = Gate(bench.device)
     refused: list[dict[str, str]] = []
+    broken: list[str] = []
     ops = [OPS["layer_norm"]] if bench.tiny else list(OPS.values())
     request = Request(ops, bench.device, (torch.bfloat16,))
     if bench.tiny:
         request = Request(ops, bench.device, (torch.float32,), pattern="odd", rounds=2, inner=1)
-    for row in bench_ops(request, gate, bench.cold, refused):
+    for row in bench_ops(request, gate, bench.cold, refused, broken):
         more = {
             key: value
             for key, value in asdict(row).items()
@@ -336,6 +351,8 @@ def on_device(bench: Bench) -> None:
         bench.lines.write(f"{item['op']}.{item['backend']}", item["why"][:300], "refused")
     if gate.red:
         raise SystemExit("red, hence not timed: " + "; ".join(gate.red))
+    if broken:
+        raise SystemExit("failed where it was to be timed: " + "; ".join(broken))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -398,8 +415,8 @@ def _path(a: argparse.Namespace, dtypes: Sequence[str], folder: pathlib.Path) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``tritium bench kernels``; 0, or 1 when a backend was red or one that was named gave no figure, or 2 for a wrong
-    command line."""
+    """``tritium bench kernels``; 0, or 1 when a backend was red, failed at a size or named and without a figure, or 2
+    for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     made = parser()
     a, unknown = made.parse_known_args(argv)
@@ -412,9 +429,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     say = sys.stderr if a.json else sys.stdout
     backends = [name for name in a.backends.split(",") if name]
     result = record.begin("kernels", shlex.join(["tritium", "bench", "kernels", *argv]), device)
+    from tritium.benchmarks import throughput
+
+    path = a.out or _path(a, dtypes, throughput.results_folder(result))
+    if why := record.unwritable(path):
+        made.error(f"--out: {why}")
     peak = peak_of(result["machine"]["name"]) if device == "cuda" else None
     gate = Gate(device)
     refused: list[dict[str, str]] = []
+    broken: list[str] = []
     clock = timing.clock_for(device, scrub_bytes=256 << 20)
     rows: list[dict[str, Any]] = []
     seen: dict[str, list[dict[str, float]]] = {}
@@ -430,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             refused.append({"op": name, "backend": "*", "why": f"{why}; name one with --cases"})
             continue
         before = rates(device, DTYPES[dtype])
-        found = list(bench_ops(request, gate, clock, refused))
+        found = list(bench_ops(request, gate, clock, refused, broken))
         if not found:
             continue
         around = [before, rates(device, DTYPES[dtype])]
@@ -449,11 +472,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"refused {item['op']}.{item['backend']}: {item['why']}", file=say)
     for text in gate.red:
         print(f"RED, hence no speed: {text}", file=sys.stderr)
+    for text in broken:
+        print(f"BROKEN, hence no speed: {text}", file=sys.stderr)
     for dtype, taken in seen.items():
         for key, name, unit in (("copy_gb_per_s", "copy", "GB/s"), ("matmul_tflop_per_s", "matmul", "TFLOP/s")):
             result["figures"].append(record.figure(f"{name} {dtype}", unit, "", [one[key] for one in taken]))
     result["sources"] = record.sources((row["op"], row["backend"]) for row in rows)
-    result["checks"] = contract_checks(rows, gate.red)
+    result["checks"] = contract_checks(rows, gate.red) + [
+        record.check(f"{label} runs what it does not refuse", False, "; ".join(texts)[:2000])
+        for label, texts in itertools.groupby(sorted(broken), lambda text: text.split()[0])
+    ]
     result |= {
         "clock": clock.name, "rounds": a.rounds, "rows": rows, "refused": refused, "red": gate.red,
         "rates": {
@@ -465,9 +493,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for dtype, rate in result["rates"].items():
         shown = "{copy_gb_per_s:.1f} GB/s, a product {matmul_tflop_per_s:.3g} TFLOP/s".format(**rate)
         print(f"measured here, {dtype}: a copy reads and writes {shown}", file=say)
-    from tritium.benchmarks import throughput
-
-    path = a.out or _path(a, dtypes, throughput.results_folder(result))
     record.write(result, SCHEMA, path)
     print(f"written: {path}", file=say, flush=True)
     if a.json:
@@ -477,7 +502,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in silent:
         reasons = dict.fromkeys([i["why"] for i in refused if i["backend"] == name] or ["see above"])
         print(f"{name} gave no figure: {'; '.join(reasons)}", file=sys.stderr)
-    return int(bool(gate.red or silent))
+    return int(bool(gate.red or broken or silent))
 
 
 def contract_checks(rows: Sequence[Mapping[str, Any]], red: Sequence[str]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import pathlib
+import re
 import shlex
 import sys
 import tempfile
@@ -380,6 +381,16 @@ def _check(made: argparse.ArgumentParser, a: argparse.Namespace) -> tuple[list[s
     return names, [COLUMNS[name] for name in columns]
 
 
+def stem(a: argparse.Namespace, names: Sequence[str], defaults: Sequence[str]) -> str:
+    """The name of a record's file by what was asked for: a part of the ladder does not replace the whole one."""
+    columns = [name for name in a.columns.split(",") if name]
+    parts = [
+        "+".join(names) if list(names) != list(defaults) else "", "+".join(columns) if columns != list(COLUMNS) else "",
+        f"T{a.T}" if a.T else "", f"B{a.B}" if a.B else "", a.precision or "", a.kernels,
+    ]  # fmt: skip
+    return re.sub(r"[^\w+-]+", "_", "_".join(["ladder", *filter(None, parts)]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """``tritium bench ladder``; exit status 0, 1 when a cell fails or losses differ, 2 for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -395,6 +406,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.error("--device cuda: torch finds no GPU here, so there is nothing to time; use --device cpu")
     device = a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     names = names or list(DEFAULT[device])
+    path = (
+        a.out or throughput.results_folder({"machine": record.machine(device)})
+    ) / f"{stem(a, names, DEFAULT[device])}.json"
+    if why := record.unwritable(path):
+        made.error(f"--out: {why}")
     sizes = {}
     for name in names:
         T = a.T or (min(presets.load(name).model.block_size, 1024) if device == "cuda" else 256)
@@ -405,9 +421,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         precision=a.precision or ("bf16" if device == "cuda" else "fp32"),
         command=shlex.join(["tritium", "bench", "ladder", *argv]),
     )  # fmt: skip
-    # a part of the ladder does not replace the whole one
-    name = "ladder" if names == list(DEFAULT[device]) else f"ladder_{'+'.join(names)}"
-    path = (a.out or throughput.results_folder(result)) / f"{name}.json"
     record.write(result, SCHEMA, path)
     path.with_suffix(".md").write_text(table(result) + "\n")
     print(f"\n{table(result)}\nwritten: {path}", flush=True)

@@ -10,6 +10,7 @@ object with any keys. docs/benchmarks.md describes every field.
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -23,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -299,8 +301,26 @@ def write(record: dict[str, Any], schema: Schema, path: pathlib.Path) -> None:
         raise RecordError(f"{path.name} was not written, its record does not fit the schema:\n  " + "\n  ".join(found))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def unwritable(path: pathlib.Path) -> str:
+    """Why no record can be written to ``path``, or "": asked before hours of measuring. Makes the folder."""
+    if path.is_dir():
+        return f"{path} is a folder; name a file in it, e.g. {path / 'record.json'}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            probe.write(b"{}")
+    except OSError as error:
+        return f"{path.parent} cannot hold a record ({error.strerror or error}); name another place with --out"
+    return ""
 
 
 def source() -> tuple[str, bool]:

@@ -699,6 +699,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     machine = record.machine(device)
     folder = a.out or throughput.results_folder({"machine": machine})
+    if why := record.unwritable(folder / "record.json"):
+        made.error(f"--out: {why}")
     try:
         config, T, B = configured(a.preset, a.T, device, fields)
         B = a.B or B

@@ -71,6 +71,38 @@ def test_a_red_backend_gets_no_figure_and_status_1(monkeypatch, tmp_path, capsys
     assert result["red"]
 
 
+def test_a_backend_that_fails_at_a_size_costs_the_others_nothing(monkeypatch, tmp_path, capsys):
+    """It kept the contract on the small cases and said that it can serve this one."""
+    right = planted(1.0)
+
+    def fails(x, approximate="tanh"):
+        if x.numel() > 1 << 20:
+            raise RuntimeError("too large, after all")
+        return right.function(x, approximate)
+
+    monkeypatch.setattr(OP, "backends", lambda: ["planted", "reference"])
+    monkeypatch.setitem(OP._loaded, "planted", Backend("gelu", "planted", fails, types.ModuleType("planted")))
+    path = tmp_path / "record.json"
+    words = ["gelu", "--cases", "gpt2_124m", "--rounds", "2", "--device", "cpu", "--out", str(path)]
+    assert kernels.main(words) == 1
+    assert "gelu.planted gpt2_124m forward: RuntimeError: too large, after all" in capsys.readouterr().err
+    result = record.read(path)
+    assert {(row["backend"], row["what"]) for row in result["rows"]} == {
+        ("reference", "forward"), ("reference", "forward+backward"),
+    }  # fmt: skip
+    assert [c["name"] for c in result["checks"] if not c["ok"]] == ["gelu.planted runs what it does not refuse"]
+
+
+@pytest.mark.parametrize(("out", "said"), [(".", "is a folder; name a file"), ("file/a.json", "cannot hold a record")])
+def test_an_out_that_cannot_be_written_is_said_before_anything_is_timed(monkeypatch, tmp_path, capsys, out, said):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(kernels, "bench_ops", lambda *_: pytest.fail("timed"))
+    with pytest.raises(SystemExit) as raised:
+        kernels.main(["gelu", "--device", "cpu", "--out", str(tmp_path / out)])
+    assert raised.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_rates_are_the_ideal_work_over_the_measured_time(monkeypatch):
     monkeypatch.setattr(OP, "backends", lambda: ["reference", "planted"])
     monkeypatch.setitem(OP._loaded, "planted", planted(1.0))

@@ -170,6 +170,27 @@ def test_wrong_words_end_with_the_nearest(capsys):
         assert said in capsys.readouterr().err
 
 
+def test_a_part_of_the_ladder_does_not_replace_the_whole():
+    made, defaults = ladder.parser(), ladder.DEFAULT["cpu"]
+
+    def name(*words, names=defaults):
+        return ladder.stem(made.parse_args(words), list(names), list(defaults))
+
+    assert name() == name("--rounds", "3") == name("--columns", ",".join(ladder.COLUMNS)) == "ladder"
+    assert name("--columns", "eager") == "ladder_eager"
+    assert name("--T", "16", "--precision", "bf16", "--kernels", "native") == "ladder_T16_bf16_native"
+    assert name(names=["tiny"]) == "ladder_tiny"
+
+
+def test_an_out_that_cannot_be_written_is_said_before_anything_is_built(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(ladder, "climb", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(SystemExit) as raised:
+        ladder.main(["--presets", "tiny", "--device", "cpu", "--out", str(tmp_path / "file")])
+    assert raised.value.code == 2
+    assert "cannot hold a record" in capsys.readouterr().err
+
+
 def test_two_rungs_of_tiny_are_climbed(tmp_path, monkeypatch, capsys):
     """For real, in processes, compiled by nobody: two ways to choose the same kernels."""
     monkeypatch.setattr(ladder, "peak_of", lambda machine, precision: (1e12, "planted"))
@@ -190,10 +211,10 @@ def test_two_rungs_of_tiny_are_climbed(tmp_path, monkeypatch, capsys):
         "cpu",
     ]
     assert ladder.main([*words, "--out", str(tmp_path)]) == 0
-    result = record.read(tmp_path / "ladder_tiny.json")
+    result = record.read(tmp_path / "ladder_tiny_eager+kernels_T16_B1.json")
     cells = cells_of(result)
     assert [cell["status"] for cell in cells.values()] == ["ok", "ok"]
     assert all(cell["tokens_per_s"]["low"] > 0 and len(cell["losses"]) == 3 for cell in cells.values())
     assert cells["+ fused kernels"]["over_first"] is not None
     assert result["kernels"] and result["sources"]
-    assert (tmp_path / "ladder_tiny.md").read_text().strip() in capsys.readouterr().out
+    assert (tmp_path / "ladder_tiny_eager+kernels_T16_B1.md").read_text().strip() in capsys.readouterr().out

@@ -164,6 +164,24 @@ def test_a_record_that_contradicts_itself_is_not_written(tmp_path):
         record.write(result, SCHEMA, tmp_path / "a.json")
 
 
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        record.write(record.begin("test", "tritium bench", "cpu") | GOOD, SCHEMA, tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_record_can_be_written_is_known_before(tmp_path):
+    assert record.unwritable(tmp_path / "deep" / "a.json") == ""
+    assert list((tmp_path / "deep").iterdir()) == []
+    assert f"{tmp_path} is a folder; name a file" in record.unwritable(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path / 'file'} cannot hold a record" in record.unwritable(tmp_path / "file" / "a.json")
+
+
 def test_threads_and_what_was_set_around_the_program_are_recorded(monkeypatch):
     torch = pytest.importorskip("torch")
     for name, value in {

@@ -502,3 +502,12 @@ def test_the_profiled_steps_read_the_folder_that_is_named(tmp_path):
         assert set(batch.ids.flatten().tolist()) <= {*b"ab 0123456789", 256}  # the text's bytes and the end of one
     with training.handing_out(ours.build(CONFIG, "cpu", 2), random) as source:
         assert [source().ids is pair[0] for pair in (*random, random[0])] == [True] * 3
+
+
+def test_an_out_that_cannot_be_written_is_said_before_anything_is_built(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(training, "bench", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(SystemExit) as raised:
+        training.main(["tiny", "--device", "cpu", "--out", str(tmp_path / "file")])
+    assert raised.value.code == 2
+    assert "cannot hold a record" in capsys.readouterr().err
