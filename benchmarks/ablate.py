@@ -223,6 +223,37 @@ def field_of(name: str) -> str:
     return found
 
 
+def check_axes(axes: Sequence[Axis], flags: Sequence[str]) -> None:
+    """AxisError where what one part of the command line sets another overwrites, so that an arm would not be what its
+    name says; and for one value in two spellings. flags: of fields, for all arms."""
+    if len({axis.name for axis in axes}) < len(axes):
+        raise AxisError("an axis is given twice; give all of its values at once, NAME=VALUE,VALUE")
+    words = {"--" + word.partition("=")[0][2:].replace("-", "_") for word in flags if word.startswith("--")}
+    if "--kernels" in words:
+        words.add("--kernels.default")
+    by_field: dict[str, Axis] = {}
+    for axis in axes:
+        if axis.field == "kernels.override":  # they add up
+            continue
+        other = by_field.setdefault(axis.field, axis)
+        if other is not axis:
+            raise AxisError(
+                f"{other.name} and {axis.name} both set {axis.field}, so that arms of one would run what the other "
+                "says; give all of its values at once, NAME=VALUE,VALUE"
+            )
+        if f"--{axis.field}" in words:
+            raise AxisError(
+                f"--{axis.field} sets what the axis {axis.name} varies, so that it would hold for no arm; leave it out"
+            )
+        seen: dict[str, str] = {}
+        for value in axis.values:
+            same = seen.setdefault(repr(_typed(axis.field, value)), value)
+            if same != value:
+                raise AxisError(
+                    f"{axis.name}: {same} and {value} are one value, which would be two equal arms; give one"
+                )
+
+
 def _why_fixed(field: str) -> str | None:
     return FIXED.get(field, FIXED.get(field.partition(".")[0]))
 
@@ -1109,8 +1140,7 @@ def request_of(a: argparse.Namespace, fields: Sequence[str], device: str) -> Req
     from tritium.engine import cli, train
 
     axes = [] if a.mode == "leave-one-out" else [Axis.parse(word) for word in a.axes]
-    if len({axis.name for axis in axes}) < len(axes):
-        raise AxisError("an axis is given twice; give all of its values at once, NAME=VALUE,VALUE")
+    check_axes(axes, fields)
     values = [value for axis in axes if axis.op is not None for value in axis.values]
     cli._find_modules_here(values)
     config, T, B = configured(a, fields, device)
