@@ -295,6 +295,49 @@ def _beat_while_compiling(runtime: Any, beat: workers.Beat) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- training
 
+RED = ("failed", "hung", "crashed")
+
+
+def red_backends(bench: Bench) -> dict[tuple[str, str], str]:
+    """(op, backend) → how it broke the contract, in this run or in an earlier one with the same source."""
+    found: dict[tuple[str, str], str] = {}
+    for lines in bench.run.earlier.files.values():
+        for line in lines:
+            if line["unit"] == "contract" and line["value"] in RED and {"op", "backend", "digest"} <= line.keys():
+                op, backend = line["op"], line["backend"]
+                same = op in OPS and _known_by(bench, op, backend).items() <= line.items()
+                if (
+                    same
+                    and bench.run.earlier.line(line["name"], {**_known_by(bench, op, backend), "value": "passed"})
+                    is None
+                ):
+                    found[op, backend] = line["value"]
+    for stage in MODES:
+        for line in stages.read_lines(bench.lines.out / f"{stage}.jsonl"):
+            if line["unit"] == "contract" and line["value"] in RED:
+                found[line["op"], line["backend"]] = line["value"]
+    return found
+
+
+def sound(bench: Bench, config: Config) -> Config:
+    """``config`` less the backends that broke the contract: one that hung there would cost this stage all of its time,
+    and what is wrong needs no speed. In their place is what auto chooses, or the reference; a line says so."""
+    from tritium.benchmarks import ablate
+
+    red = red_backends(bench)
+    for _ in range(2 * len(red)):  # what auto chooses may be red too
+        try:
+            rows = ablate.planned(config, bench.device)
+        except KernelError:  # who builds it will say why
+            return config
+        bound = {(row.op, row.backend) for row in rows if row.phase == "train"}
+        for op, backend in sorted(bound & red.keys() - {(op, "reference") for op in OPS}):
+            instead = "reference" if getattr(config.kernels, op) == "auto" else "auto"
+            config = config.replace(kernels={op: instead})
+            said = f"{red[op, backend]} in the contract: {op}={instead} in its place"
+            bench.lines.write(f"{op}.{backend}", said, "left out")
+    return config
+
 
 def training_by_kernels(bench: Bench) -> None:
     """GPT-2 124M with each kernel choice and in plain PyTorch, on equal losses, interleaved; a choice that cannot be
@@ -320,7 +363,7 @@ def training_by_kernels(bench: Bench) -> None:
         add("plain PyTorch", textbook.build(config.model, variant, bench.device, config.optim))
     for choice in CHOICES:
         with bench.lines.attempt(f"tritium --kernels={choice}"):
-            chosen = config.replace(kernels={"default": choice})
+            chosen = sound(bench, config.replace(kernels={"default": choice}))
             training = ours.build(chosen, bench.device, B)
             bench.lines.write(f"tritium --kernels={choice}", _chosen(training), "kernels")
             add(f"tritium --kernels={choice}", training)
@@ -359,7 +402,7 @@ def training_of_size(bench: Bench) -> None:
         name = f"{preset}, tritium --kernels={choice}"
 
         def build(choice: str, name: str) -> ours.Training:
-            training = ours.build(config.replace(kernels={"default": choice}), bench.device, B)
+            training = ours.build(sound(bench, config.replace(kernels={"default": choice})), bench.device, B)
             training.load(weights)
             precision = "bf16" if training.engine.dtype == torch.bfloat16 else "fp32"
             losses[name] = ([training.step(*batches[i]).item() for i in range(LOSS_STEPS)], precision)
@@ -402,7 +445,17 @@ def _as_measured(bench: Bench, preset: str) -> tuple[Config, int, int]:
     config, B, T = shape_of(bench, preset)
     if bench.tiny:
         return config.replace(train={"compile": "false"}), B, T
-    return config.replace(kernels={"default": "triton"}), B, T
+    return sound(bench, config.replace(kernels={"default": "triton"})), B, T
+
+
+def _kernels(bench: Bench, preset: str) -> str:
+    """The same for a benchmark that is told one choice for all ops."""
+    config, _, _ = shape_of(bench, preset)
+    for choice in ("triton", "auto"):
+        chosen = config.replace(kernels={"default": choice})
+        if sound(bench, chosen) == chosen:
+            return choice
+    return "reference"
 
 
 def _figures(bench: Bench, result: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -451,8 +504,15 @@ def ablation(bench: Bench) -> None:
     config, B, T = _as_measured(bench, preset)
     if bench.tiny:
         only = {"default": "reference", "gelu": "triton"}  # the interpreter takes minutes for all of them
-        config, B, T = config.replace(kernels=only, model={"block_size": 16}), 1, 16
+        config, B, T = sound(bench, config.replace(kernels=only, model={"block_size": 16})), 1, 16
     names = list(bench.run.ops) or (["gelu"] if bench.tiny else list(LEFT_OUT))
+    bound = {row.op: row.backend for row in ablate.planned(config, bench.device) if row.phase == "train"}
+    for name in [name for name in names if bound.get(name, "reference") == "reference"]:
+        why = f"{preset} does not call it" if name not in bound else "its reference computes it here"
+        bench.lines.write(f"{name}=reference", f"{why}: nothing can be left out", "left out")
+        names.remove(name)
+    if not names:
+        return
     config = config.replace(train={"batch_rows": B, "micro_rows": B})
     request = ablate.Request(
         config, ablate.left_out(config, names, bench.device), [], "leave-one-out", T, B, bench.device,
@@ -471,7 +531,8 @@ def against_peers(bench: Bench) -> None:
     """tritium beside the same model in plain PyTorch and Hugging Face's (`tritium bench peers`)."""
     from tritium.benchmarks import throughput
 
-    argv = ["gpt2_124m", "--screening-steps", "0", "--rounds", "6", "--kernels", "triton", "--device", bench.device]
+    argv = ["gpt2_124m", "--screening-steps", "0", "--rounds", "6", "--device", bench.device]
+    argv += ["--kernels", _kernels(bench, "gpt2_124m")]
     if bench.tiny:
         argv = ["tiny", "--T", "16", "--B", "1", "--rounds", "2", "--screening-steps", "0", "--peers", "textbook",
                 "--device", bench.device, "--precision", "fp32"]  # fmt: skip
@@ -482,7 +543,7 @@ def ladder(bench: Bench) -> None:
     """The four GPT-2 sizes, rung by rung (`tritium bench ladder`)."""
     from tritium.benchmarks import ladder
 
-    argv = ["--rounds", "6", "--device", bench.device]
+    argv = ["--rounds", "6", "--device", bench.device, "--kernels", _kernels(bench, "gpt2_124m")]
     if bench.tiny:
         argv = ["--presets", "tiny", "--T", "16", "--B", "1", "--rounds", "2", "--device", bench.device]
     _through_main(bench, ladder.main, argv, "ladder*.json")

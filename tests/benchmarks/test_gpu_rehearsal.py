@@ -13,6 +13,8 @@ import pytest
 
 from tritium.benchmarks import gpu, gpu_records, gpu_table, gpu_tritium, record, stages, workers
 from tritium.benchmarks.gpu_baseline import Bench
+from tritium.engine import presets
+from tritium.kernels import op as binding
 from tritium.kernels import peaks
 from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.op import Backend
@@ -212,6 +214,60 @@ def test_only_what_the_contract_is_green_for_is_timed(bench, tmp_path, monkeypat
     answer = gpu_tritium.time_case(made, {"op": "gelu", "case": "odd", "dtype": "fp32", "reports": rows}, {})
     assert {row["backend"] for row in answer["rows"]} == {"reference"}
     assert {text.split()[1].split(".")[1] for text in answer["red"]} == {"aborts", "exits", "hangs", "wrong"}
+
+
+RED = {"unit": "contract", "op": "gelu", "backend": "hangs", "case": "one", "dtype": "fp32", "compiled": False}
+
+
+def test_a_backend_that_broke_the_contract_is_in_no_training_step(bench, tmp_path, monkeypatch):
+    """One that hung there would hang the stage, to its limit."""
+
+    def never(x, approximate="tanh"):
+        raise AssertionError("it was run")
+
+    for name in ("hangs", "wrong"):
+        monkeypatch.setitem(OPS["gelu"]._loaded, name, Backend("gelu", name, never, sys.modules[__name__]))
+    written(tmp_path, "contract", RED | {"name": "a", "value": "hung"})
+    monkeypatch.setattr(gpu_tritium, "CHOICES", ("hangs",))
+    gpu_tritium.training_by_kernels(bench("training"))
+    lines = {line["name"]: line for line in stages.read_lines(tmp_path / "training.jsonl")}
+    assert lines["gpt2_124m, tritium --kernels=hangs"]["unit"] == "tokens/s"
+    assert (lines["gelu.hangs"]["value"], lines["gelu.hangs"]["unit"]) == (
+        "hung in the contract: gelu=auto in its place", "left out")  # fmt: skip
+    # what auto would take may be red too
+    monkeypatch.setattr(binding, "tuning", lambda: (binding.Tuned("*", "gelu", ("wrong",), "made up"),))
+    written(
+        tmp_path,
+        "contract",
+        RED | {"name": "a", "value": "hung"},
+        RED | {"name": "b", "value": "failed", "backend": "wrong"},
+    )
+    found = gpu_tritium.sound(bench("training"), presets.load("gpt2_124m").replace(kernels={"gelu": "hangs"}))
+    assert found.kernels.gelu == "reference"
+
+
+def test_what_an_earlier_run_found_red_counts_until_the_source_changes_or_it_passes(bench, tmp_path):
+    known = {"digest": gpu_tritium.source_of("gelu", "reference"), "oracle": gpu_records.oracle_digest("gelu"), **FACTS}
+    line = RED | known | {"backend": "reference", "stage": "contract", "name": "a", "value": "crashed"}
+    kept(tmp_path, "1", line)
+    earlier = gpu_records.Earlier(tmp_path)
+    assert gpu_tritium.red_backends(bench("training", earlier=earlier)) == {("gelu", "reference"): "crashed"}
+    kept(tmp_path, "2", line | {"value": "passed"})
+    assert gpu_tritium.red_backends(bench("training", earlier=gpu_records.Earlier(tmp_path))) == {}
+    kept(tmp_path, "3", line | {"name": "b", "digest": "another"})
+    assert gpu_tritium.red_backends(bench("training", earlier=gpu_records.Earlier(tmp_path))) == {}
+
+
+def test_an_ablation_of_ops_that_the_model_does_not_call_says_so(tmp_path, monkeypatch):
+    plain = Backend("gelu", "triton", OPS["gelu"].reference, sys.modules[__name__])  # Triton's is interpreted there
+    monkeypatch.setitem(OPS["gelu"]._loaded, "triton", plain)
+    lines = stages.Lines(tmp_path, "ablation")
+    gpu_tritium.ablation(Bench(lines, "cpu", tiny=True, run=gpu_records.Run(ops=["swiglu", "attention"])))
+    said = {line["name"]: line["value"] for line in stages.read_lines(lines.path)}
+    assert said == {
+        "swiglu=reference": "gpt2_124m does not call it: nothing can be left out",
+        "attention=reference": "its reference computes it here: nothing can be left out",
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ earlier records
