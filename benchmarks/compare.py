@@ -18,11 +18,12 @@ them) or cannot be read.
 from __future__ import annotations
 
 import argparse
+import collections
 import math
 import pathlib
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +187,7 @@ def not_the_same(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [f"{name}: {x} and {y}" for name, (x, y) in facts.items() if x != y]
 
 
-def _object(of: dict[str, Any], key: str) -> dict[str, Any]:
+def _object(of: Mapping[str, Any], key: str) -> dict[str, Any]:
     """An object among fields that nobody has checked; {} where there is none."""
     found = of.get(key)
     return found if isinstance(found, dict) else {}
@@ -223,7 +224,25 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         for name in sorted(configs[0].keys() | configs[1].keys())
         if configs[0].get(name) != configs[1].get(name)
     ]
+    found += [
+        f"{label} was timed before it settled: {', '.join(names[:3])}" + f" + {len(names) - 3}" * (len(names) > 3)
+        for label, r in (("A", a), ("B", b))
+        if (names := unsettled(r))
+    ]
     return found + _machine(a["machine"], b["machine"])
+
+
+def unsettled(r: Mapping[str, Any]) -> list[str]:
+    """What a record has timed though its warm-up ended at its limit, without two windows that agree."""
+    found = ["the step"] if _object(r, "warm_up").get("stable") is False else []
+    arms = {key: arm for key, arm in _object(r, "arms").items() if isinstance(arm, dict)}
+    found += [key for key, arm in arms.items() if _object(arm, "warm_up").get("stable") is False]
+    for key, parts in (("cells", "{preset} {column}"), ("rows", "{op}.{backend} {case} {what}")):
+        listed = r.get(key)
+        for item in listed if isinstance(listed, list) else []:
+            if isinstance(item, dict) and item.get("stable") is False:
+                found.append(parts.format_map(collections.defaultdict(str, item)))
+    return found
 
 
 def _kernels(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

@@ -47,6 +47,7 @@ INDUCTOR = "inductor"  # a name for the reference under torch.compile
 ROW: record.Schema = {
     "op": str, "backend": str, "case": str, "dtype": str, "compiled": bool,
     "what": str,  # "forward", "forward+backward" or, of an update op, "update"
+    "stable": bool,  # whether its warm-up ended before its limit
     "p20_ms": record.NUMBER, "p50_ms": record.NUMBER, "p80_ms": record.NUMBER, "noise": record.NUMBER,
     "gb_per_s": record.NUMBER, "tflop_per_s": record.NUMBER,
     "of_copy": record.NUMBER, "of_matmul": record.NUMBER,  # as fractions of this device's measured rates
@@ -83,6 +84,7 @@ class Measured:
     tflop_per_s: float
     over_reference: dict[str, float] | None
     samples_ms: tuple[float, ...] = ()
+    stable: bool = True
 
     @property
     def label(self) -> str:
@@ -97,7 +99,8 @@ class Measured:
             ratio = "{median:.2f} × reference [{low:.2f}, {high:.2f}]".format(**self.over_reference)
         spread = f"{self.p50_ms:>9.4f} ms [{self.p20_ms:.4f}, {self.p80_ms:.4f}]"
         rates = f"{self.gb_per_s / 1e3:>7.4f} TB/s {self.tflop_per_s:>8.4f} TFLOP/s"
-        return f"{label:<34} {self.case:<24} {self.dtype:<5} {self.what:<17} {spread} {rates}  {ratio}"
+        warm = "" if self.stable else "  (timed before it settled)"
+        return f"{label:<34} {self.case:<24} {self.dtype:<5} {self.what:<17} {spread} {rates}  {ratio}{warm}"
 
 
 class Gate:
@@ -207,12 +210,13 @@ def bench_case(
     for what in kinds(op):
         arms: dict[str, timing.Arm] = {}
         named: dict[str, tuple[Backend, bool]] = {}
+        stable: dict[str, bool] = {}
         for backend, compiled in backends:
             key = f"{backend.name}{' compiled' if compiled else ''}"
             try:
                 turn = itertools.cycle([call_of(backend, i, compiled, what == "forward+backward") for i in inputs])
                 arm = timing.timed(lambda turn=turn: next(turn)(), clock, request.inner)  # type: ignore[misc]
-                timing.warm_up(arm, limit_s=20.0)
+                stable[key] = timing.warm_up(arm, limit_s=20.0).stable
             except torch.OutOfMemoryError:
                 refused.append({"op": op.name, "backend": key, "why": f"{case} {what}: out of memory"})
                 torch.cuda.empty_cache()
@@ -237,7 +241,7 @@ def bench_case(
             (short,) = (name for name, known in DTYPES.items() if known == dtype)
             yield Measured(
                 op.name, backend.name, case.name, short, compiled, what, low, ms, high, timing.noise(taken),
-                moved / ms / 1e6, flops / ms / 1e9, ratio, tuple(taken.ms),
+                moved / ms / 1e6, flops / ms / 1e9, ratio, tuple(taken.ms), stable[key],
             )  # fmt: skip
 
 

@@ -43,9 +43,10 @@ CELL: record.Schema = {
     "status": str,  # "ok", "not built yet", "out of memory", "unequal losses" or "failed"
     "reason": str,  # of a status that is not ok
     "variant": str,
-    "tokens_per_s": (dict, type(None)),  # INTERVAL, over rounds; null, as the next seven, unless ok
+    "tokens_per_s": (dict, type(None)),  # INTERVAL, over rounds; null, as the next eight, unless ok
     "mfu_full": (*record.NUMBER, type(None)), "mfu_causal": (*record.NUMBER, type(None)),  # of ``peak``
     "over_first": (dict, type(None)),  # tokens/s over the first column's, in the same rounds; null where not paired
+    "stable": (bool, type(None)),  # whether its warm-up ended before its limit
     "times": (dict, type(None)), "noise": (*record.NUMBER, type(None)),
     "startup_s": (*record.NUMBER, type(None)), "peak_bytes": (int, type(None)),
     "losses": [record.NUMBER],
@@ -109,7 +110,17 @@ def status_of(problem: str) -> str:
 
 
 def empty_cell(preset: str, column: Column) -> dict[str, Any]:
-    nothing = ("tokens_per_s", "mfu_full", "mfu_causal", "over_first", "times", "noise", "startup_s", "peak_bytes")
+    nothing = (
+        "tokens_per_s",
+        "mfu_full",
+        "mfu_causal",
+        "over_first",
+        "stable",
+        "times",
+        "noise",
+        "startup_s",
+        "peak_bytes",
+    )
     about = {"preset": preset, "column": column.name, "status": "failed", "reason": "", "variant": "", "losses": []}
     return about | dict.fromkeys(nothing)
 
@@ -191,6 +202,7 @@ class Size:
         """Time the cells that live, interleaved. When one breaks, the others are timed again without it."""
         left = dict(alive)
         samples: dict[str, timing.Samples] = {}
+        stable: dict[str, bool] = {}
         while left and not samples:
             running = ""
 
@@ -204,8 +216,7 @@ class Size:
 
             arms = {name: watched(name, arm) for name, arm in left.items()}
             try:
-                for step in arms.values():
-                    timing.warm_up(step)
+                stable = {name: timing.warm_up(step).stable for name, step in arms.items()}
                 samples = timing.interleave(arms, self.rounds)
             except ArmError as error:
                 self._end(running, status_of(str(error)), str(error))
@@ -219,6 +230,7 @@ class Size:
                 over = timing.speedup(taken, samples[first["column"]]).to_json()
             self.cells[name] |= {
                 "status": "ok", "tokens_per_s": speeds.to_json(), "over_first": over, "times": taken.to_json(),
+                "stable": stable[name],
                 "mfu_full": speeds.median * full / self.peak, "mfu_causal": speeds.median * causal / self.peak,
                 "noise": timing.noise(taken),
             }  # fmt: skip

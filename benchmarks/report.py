@@ -797,6 +797,8 @@ def provenance(found: Found) -> Section:
             blocks.append(Text("Of a rehearsal without a GPU: its figures mean nothing.", loud=True))
         if entry.problem:
             blocks.append(Text(entry.problem, loud=True))
+        if names := compare.unsettled(data):
+            blocks.append(Text(f"Timed before it settled: {', '.join(names)}."))
         blocks += [
             Text("Command:", code=data["command"]),
             Text(f"Commit {data['commit']}{' (modified)' if data['dirty'] else ''}; {versions}."),

@@ -638,6 +638,11 @@ def summary(result: dict[str, Any]) -> str:
         f"  compilation         {c['seconds']:.1f} s, {c['graphs']} graphs, {c['graph_breaks']} breaks, "
         f"{c['compiled_after_warm_up']} compiled after the warm-up",
     ]
+    if not result["warm_up"]["stable"]:
+        lines.append(
+            f"  NOT SETTLED: after {result['warm_up']['runs']} steps two windows of three still differed by over 5 %, "
+            "so the figures may be of a machine that was not steady: repeat it when nothing else runs"
+        )
     lines += [f"  FAILED: {check['name']}: {check['detail']}" for check in result["checks"] if not check["ok"]]
     return "\n".join(lines)
 

@@ -195,6 +195,24 @@ def test_a_record_that_b_lacks_fails_the_strict_gate(tmp_path, capsys):
     assert f"gate 0.9: FAILED, B lacks the record of {gone}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"warm_up": {"runs": 20, "stable": False}}, "the step"),
+        ({"arms": {"peer": {"warm_up": {"runs": 30, "stable": False}}, "ours": {"warm_up": {"stable": True}}}}, "peer"),
+        ({"cells": [{"preset": "few", "column": "eager", "stable": False}, {"stable": None}, 3]}, "few eager"),
+        ({"rows": [{"op": "gelu", "backend": "x", "case": "odd", "what": "forward", "stable": False}]}, "gelu.x odd"),
+    ],
+)  # fmt: skip
+def test_what_was_timed_before_it_settled_is_said(tmp_path, capsys, changes, what):
+    a, b = made(tmp_path, "a"), made(tmp_path, "b", **changes)
+    assert compare.main([a, b]) == 0
+    assert f"B was timed before it settled: {what}" in capsys.readouterr().out
+    for odd in (3, {"peer": 3}, {"peer": {"warm_up": 3}}, [3]):
+        strange = json.loads((tmp_path / "a.json").read_text())
+        assert compare.unsettled(strange | dict.fromkeys(("warm_up", "arms", "cells", "rows"), odd)) == []
+
+
 def test_what_was_set_differently_around_the_program_is_said(tmp_path, capsys):
     a = made(tmp_path, "a", environment={"OMP_WAIT_POLICY": "PASSIVE", "MKL_CBWR": "AVX2"})
     b = made(tmp_path, "b", environment={"OMP_WAIT_POLICY": "ACTIVE"})

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from tritium.benchmarks import ladder, record
+from tritium.benchmarks import compare, ladder, record
 from tritium.benchmarks.arm import ArmError
 from tritium.engine import config as configs
 from tritium.engine import presets
@@ -93,6 +93,15 @@ def test_cells_are_timed_together_and_held_to_the_first(climb):
     assert [(a.config.kernels.default, a.config.train.compile) for a in arms] == [
         ("reference", "false"), ("reference", "true"), ("auto", "true"),
     ]  # fmt: skip
+
+
+def test_a_cell_that_did_not_settle_says_so(climb):
+    arms = FakeArm(4.0, SAME), FakeArm(2.0, SAME)
+    doubling = iter(2.0**i for i in range(100))
+    arms[1].step_ms = lambda: next(doubling)
+    result = climb(*arms, columns=("eager", "compile"))
+    assert [cell["stable"] for cell in cells_of(result).values()] == [True, False]
+    assert compare.unsettled(result) == ["gpt2_124m compile"]
 
 
 def test_unequal_losses_get_no_figure_and_fail(climb):

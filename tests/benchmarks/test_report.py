@@ -66,7 +66,8 @@ def train(**changes):
 def kernel(**changes):
     row = {
         "op": "layer_norm", "backend": "native", "case": "gpt2_124m", "dtype": "fp32", "compiled": False,
-        "what": "forward", "p20_ms": 0.011, "p50_ms": 0.0125, "p80_ms": 0.014, "noise": 0.01, "gb_per_s": 12.5,
+        "what": "forward", "stable": True,
+        "p20_ms": 0.011, "p50_ms": 0.0125, "p80_ms": 0.014, "noise": 0.01, "gb_per_s": 12.5,
         "tflop_per_s": 0.01, "of_copy": 0.6, "of_matmul": 0.01, "of_bound": 0.6, "bound_by": "memory",
         "over_reference": INTERVAL,
     }  # fmt: skip
@@ -108,10 +109,12 @@ def ladder(**changes):
     cell = {
         "preset": "gpt2_124m", "column": "eager", "status": "ok", "reason": "", "variant": "fp32, eager",
         "tokens_per_s": {"median": 101.5, "low": 99.0, "high": 104.0, "level": 0.95}, "mfu_full": 0.2,
-        "mfu_causal": 0.1, "over_first": None, "times": {}, "noise": 0.01, "startup_s": 1.0,
+        "mfu_causal": 0.1, "over_first": None, "stable": True, "times": {}, "noise": 0.01, "startup_s": 1.0,
         "peak_bytes": 2**31, "losses": [7.0],
     }  # fmt: skip
-    none = dict.fromkeys(["tokens_per_s", "mfu_full", "mfu_causal", "times", "noise", "startup_s", "peak_bytes"])
+    none = dict.fromkeys(
+        ["tokens_per_s", "mfu_full", "mfu_causal", "stable", "times", "noise", "startup_s", "peak_bytes"]
+    )
     faster = {"tokens_per_s": cell["tokens_per_s"] | {"median": 151.5}, "over_first": INTERVAL}
     cells = [
         cell, cell | {"column": "compile"} | faster,

@@ -154,6 +154,9 @@ def test_an_op_that_torch_cannot_count_gives_no_hfu_and_fails_the_run(planted, q
     assert result["model"]["flops_per_token_done"] is None
     assert not any(name.startswith("HFU") for name in figures(result))
     assert "not counted" in training.summary(result)
+    for stable in (True, False):
+        result["warm_up"]["stable"] = stable
+        assert ("NOT SETTLED" in training.summary(result)) != stable
 
 
 def test_the_step_is_held_to_its_products_and_attention_of_the_same_run(quick, monkeypatch):
