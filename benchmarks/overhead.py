@@ -303,6 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{where}. More than {GOAL_US:g} µs over by hand, autograd's part included:", _above(rows, "over_us"))
     own = _above(rows, "own_us")
     print(f"More than {GOAL_US:g} µs of our own:", own)
+    if updates := [row.op for row in rows if not OPS[row.op].has_gradient]:
+        print("Updates walk lists of tensors and are no part of this:", ", ".join(updates))
     return int(own != "none")
 
 

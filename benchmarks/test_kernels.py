@@ -2,7 +2,8 @@
 fails, untimed.
 
 By default each op is timed on one case, the smallest of its large ones; on a CPU, where that is too much, the largest
-of the others. ``-m "full or not full"`` takes all large cases that the device can bear, and the forward alone as well.
+of the others. ``-m "full or not full"`` takes all large cases that the device can bear, and the forward alone as
+well. The JSON's ``extra_info`` has TB/s and TFLOP/s at the median.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tritium.benchmarks.kernels import CPU_GFLOP, Gate, call_of, kinds
+from tritium.benchmarks.kernels import CPU_GFLOP, Gate, call_of, kinds, work
 from tritium.kernels import contract
 from tritium.kernels.case import Case
 from tritium.kernels.op import KernelError, Op
@@ -61,3 +62,11 @@ def test_speed(benchmark: Any, op: Op, name: str, case: Case, what: str) -> None
     call = call_of(backend, op.cases.inputs(case, DTYPE, DEVICE, 0), backward=what == "forward+backward")
     synchronize = torch.cuda.synchronize if DEVICE == "cuda" else (lambda: None)
     benchmark.pedantic(lambda: (call(), synchronize()), rounds=5, warmup_rounds=2)
+    if benchmark.stats is not None:  # None with --benchmark-disable
+        flops, moved = work(op, case, DTYPE, what)
+        seconds = benchmark.stats.stats.median
+        benchmark.extra_info |= {
+            "op": op.name, "backend": name, "case": case.name, "what": what, "dtype": str(DTYPE).removeprefix("torch."),
+            "device": DEVICE, "flops": flops, "bytes": moved,
+            "tb_per_s": moved / seconds / 1e12, "tflop_per_s": flops / seconds / 1e12,
+        }  # fmt: skip

@@ -298,6 +298,10 @@ def test_the_same_runs_under_pytest_benchmark(tmp_path):
     done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads(path.read_text())["benchmarks"]
+    more, seconds = found["extra_info"], found["stats"]["median"]
+    assert (more["op"], more["backend"], more["dtype"]) == ("relu2", "reference", "float32")
+    assert more["tb_per_s"] == pytest.approx(more["bytes"] / seconds / 1e12)
+    assert more["tflop_per_s"] == pytest.approx(more["flops"] / seconds / 1e12)
     assert fnmatch.fnmatch(found["name"], "test_speed?relu2-reference-*-forward+backward?")
     assert found["stats"]["rounds"] == 5
 

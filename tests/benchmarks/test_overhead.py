@@ -56,6 +56,7 @@ def test_the_host_s_part_is_measured_and_a_slow_launcher_is_seen(capsys, monkeyp
     for op, row in slow.items():
         assert row[5] - quick[op][5] == pytest.approx(200.0, rel=0.6), op  # beside others on a busy machine
     assert "More than 15 µs of our own: gelu, layer_norm\n" in out
+    assert "Updates walk lists of tensors and are no part of this: adamw\n" in out
 
 
 def test_an_unknown_op_is_refused(capsys):
