@@ -11,8 +11,9 @@ mean square (rms). The constants are FACTOR and FLOORS; docs/numerics.md explain
     takes any strides, and upstream gradients that are expanded or strided,
     reads no memory that it did not write: allocations are filled with NaN,
     gives gradients for any subset of its inputs, and works without grad,
+    returns and saves memory of its own: another call between forward and backward changes nothing,
     repeats bit for bit when its module says ``DETERMINISTIC = True``,
-    runs inside one full graph of torch.compile,
+    runs inside one full graph of torch.compile, where the fakes of its custom ops tell the truth,
     and never lets the host wait for a GPU that it could serve (where a watcher is given).
 
 A case that a backend refuses through ``unsupported(site)`` is reported as refused, never as passed.
@@ -26,11 +27,15 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import deterministic as _memory
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tritium.kernels.case import Case
 from tritium.kernels.op import Backend, Op
@@ -317,7 +322,23 @@ def _check_function(
         elif variant == "strided" and not compiled:
             layout = {n: _strided(v, i + seed) for i, (n, v) in enumerate(arguments.items())}
             grads = [_strided(g, i + seed + 1) for i, g in enumerate(upstream)]
-            compare(variant, _run(call, layout, grads, train, unchanged=True), exact, same)
+            # a model's next layer, whose call comes before this one's backward; here, to spare a run of its own
+            other = op.cases.inputs(case, dtype, device, seed + 1)
+            before = len(errors)
+            try:
+                between = _run(call, layout, grads, train, unchanged=True, between=partial(call, **other))
+                compare(variant, between, exact, same)
+                kept = all(e.ok for e in errors[before:])
+            except Exception:  # of whatever kind: the run alone raises it too, or the other call is to blame
+                kept = False
+            if not kept:
+                del errors[before:]
+                compare(variant, _run(call, layout, grads, train, unchanged=True), exact, same)
+                if all(e.ok for e in errors[before:]):
+                    raise _Broken(
+                        "another call between this one's forward and backward changes what it gives: what it returns "
+                        "and what it saves must be memory of its own, allocated in every call"
+                    )
         elif variant == "expanded" and train:
             one = [g.flatten()[:1].reshape([1] * g.dim()).expand(g.shape) if g.numel() else g for g in upstream]
             want, near = (
@@ -336,6 +357,37 @@ def _check_function(
             compare(variant, got, exact.only(got), same.only(got))
     if watch is not None:
         _run(_prepared(backend, backend.function), arguments, upstream, train, around=watch)
+    if compiled:  # the first argument transposed: of a row-major one any fake's strides are right
+        layout = {n: _strided(v, i + 1) for i, (n, v) in enumerate(arguments.items())}
+        grads = [_strided(g, i) for i, g in enumerate(upstream)]
+        _run(_prepared(backend, backend.function), layout, grads, train, around=_TrueFakes)
+
+
+class _TrueFakes(TorchDispatchMode):
+    """Raises where a custom op gives other results than its fake says: a compiler has laid out memory by the fake."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        real = function(*args, **kwargs)
+        if function.namespace in ("aten", "prim", "prims") or function._schema.is_mutable:
+            return real
+        with FakeTensorMode() as mode:
+            fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+            fake = function(*fake_args, **fake_kwargs)
+        said, given = ([_layout(t) for t in tree_leaves(results)] for results in (fake, real))
+        if said != given:
+            raise _Broken(
+                f"compiled: the fake of {function} says {'; '.join(said)} where the op gives {'; '.join(given)}"
+            )
+        return real
+
+
+def _layout(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return str(value)
+    # the stride of an axis of one element, and all strides of no elements, lead nowhere
+    strides = [s if n > 1 and value.numel() else "-" for n, s in zip(value.shape, value.stride(), strict=True)]
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}, strides ({', '.join(map(str, strides))})"
 
 
 class _Result(dict[str, Tensor]):
@@ -365,14 +417,17 @@ def _run(
     *,
     unchanged: bool = False,
     around: Watch = contextlib.nullcontext,
+    between: Callable[[], object] | None = None,
 ) -> _Result:
     """Call ``function`` on fresh leaves of ``arguments``; with ``upstream`` gradients, differentiate as well; both in
-    the context ``around()``."""
+    the context ``around()``, and ``between`` them."""
     leaves = {n: _leaf(v) if isinstance(v, Tensor) else v for n, v in arguments.items()}
     before = {n: _storage(v).clone() for n, v in leaves.items() if isinstance(v, Tensor)} if unchanged else {}
     grads_before = [_storage(g).clone() for g in upstream or []] if unchanged else []
     with torch.set_grad_enabled(train), around():
         raw = function(**leaves)
+        if between is not None:
+            between()
     outputs = list(raw) if isinstance(raw, (tuple, list)) else [raw]
     if not all(isinstance(o, Tensor) for o in outputs):
         raise _Broken(f"returns {', '.join(type(o).__name__ for o in outputs)}; an op returns tensors")

@@ -47,8 +47,22 @@ class Backend:
     module: ModuleType
 
     def unsupported(self, site: Site) -> str | None:
+        """Why it cannot serve the site, or None. KernelError where the module's own function gives no such answer."""
         judge = getattr(self.module, "unsupported", None)
-        return judge(site) if judge is not None else None
+        if judge is None:
+            return None
+        try:
+            reason = judge(site)
+        except Exception as error:  # a user's function may fail in any way
+            raise KernelError(
+                f"backend {self.name!r} of op {self.op}: unsupported(site) raised {type(error).__name__}: {error}"
+            ) from error
+        if reason is not None and not isinstance(reason, str):
+            raise KernelError(
+                f"backend {self.name!r} of op {self.op}: unsupported(site) returned {reason!r}; it returns None where "
+                "it can serve the site, else one sentence"
+            )
+        return reason
 
     @property
     def prepare(self) -> Callable[[Any], Any] | None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritium.kernels import contract, ops
+from tritium.kernels.autograd import differentiable
 from tritium.kernels.case import Case
 from tritium.kernels.op import Backend, Op
 from tritium.kernels.site import Machine
@@ -331,6 +332,96 @@ def test_a_claim_of_determinism_is_held_to_the_bit():
     results = [contract.check(ops.layer_norm, planted(noisy, DETERMINISTIC=True), case, FP32) for _ in range(8)]
     assert any("says DETERMINISTIC = True" in r.reason for r in results)
     assert contract.check(ops.layer_norm, planted(noisy), case, FP32).ok  # no claim, and within the bound
+
+
+KEPT: dict[object, torch.Tensor] = {}
+
+
+def kept(value: torch.Tensor) -> torch.Tensor:
+    """A copy of ``value`` in the one place there is for tensors of its shape and dtype."""
+    return KEPT.setdefault((value.shape, value.dtype), torch.empty(value.shape, dtype=value.dtype)).copy_(value)
+
+
+class SavesInOnePlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = kept(x.detach())
+        return x.clamp(min=0).square()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * ctx.kept.clamp(min=0) * dy
+
+
+class SavesForAutogradInOnePlace(torch.autograd.Function):
+    """Whose memory autograd sees to: it raises where a saved tensor has changed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(kept(x.detach()))
+        return x.clamp(min=0).square()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * ctx.saved_tensors[0].clamp(min=0) * dy
+
+
+class ReturnsOnePlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return kept(x.detach().clamp(min=0).square())
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * ctx.saved_tensors[0].clamp(min=0) * dy
+
+
+@pytest.mark.parametrize("fault", [SavesInOnePlace, SavesForAutogradInOnePlace, ReturnsOnePlace])
+def test_memory_that_two_calls_share_turns_red(fault):
+    """In a model of two layers the second call comes before the first one's backward."""
+    case = next(c for c in small(ops.relu2) if c.name == "odd")
+    report = contract.check(ops.relu2, planted(lambda x: fault.apply(x)), case, FP32)
+    assert "another call between this one's forward and backward" in report.reason, report
+
+
+def test_a_fault_of_strides_is_blamed_on_no_other_call():
+    case = next(c for c in small(ops.layer_norm) if c.name == "odd")
+    report = contract.check(ops.layer_norm, planted(input_taken_as_contiguous), case, FP32)
+    assert report.status == "failed"
+    assert "another call" not in report.reason
+
+
+FAKES = {  # of a result like x: what is told of it where it is a lie
+    "dtype": lambda x: (x.new_empty(x.shape, dtype=torch.float64),),
+    "strides": lambda x: (x.new_empty(x.shape[::-1]).t(),),
+    "strides of x": lambda x: (torch.empty_like(x),),
+    "truth": lambda x: (x.new_empty(x.shape),),
+}
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize("told", FAKES)
+def test_a_fake_that_lies_turns_compiled_red(told, place):
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x.contiguous().clamp(min=0).square(),)
+
+    def backward(dy: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (2 * (x.clamp(min=0) * dy).contiguous(),)
+
+    fakes = {"forward": FAKES["truth"], "backward": lambda dy, x: FAKES["truth"](x)}
+    fakes[place] = FAKES[told] if place == "forward" else lambda dy, x: FAKES[told](x)
+    name = f"relu2_fake_{place}_{told.replace(' ', '_')}"
+    relu2 = differentiable(
+        name, forward=forward, backward=backward, fake_forward=fakes["forward"], fake_backward=fakes["backward"],
+        save=lambda args, results: (args[0],), gradients=(0,),
+    )  # fmt: skip
+    case = next(c for c in small(ops.relu2) if c.name == "odd")
+    assert contract.check(ops.relu2, planted(lambda x: relu2(x)), case, FP32).ok
+    report = contract.check(ops.relu2, planted(lambda x: relu2(x)), case, FP32, compiled="aot_eager")
+    assert report.ok == (told == "truth"), report
+    if told != "truth":
+        assert re.search(rf"the fake of tritium\.{name}(_backward)?\.default says torch.float", report.reason), report
 
 
 def test_a_graph_break_turns_compiled_red():

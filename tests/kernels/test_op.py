@@ -133,6 +133,22 @@ def test_a_module_without_the_function_or_that_fails_to_import_says_so(mine):
         ops.layer_norm.load("not_there.norm")
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return site.shape['X']", r"unsupported\(site\) raised KeyError: 'X'"),
+        ("return False", r"unsupported\(site\) returned False; it returns None where it can serve the site"),
+    ],
+)
+def test_an_answer_that_is_none_is_a_kernel_error(mine, body, words):
+    name = "no_answer.norm"
+    mine(name, BACKEND + f"\n\ndef unsupported(site):\n    {body}\n")
+    site = Site("layer_norm", CPU, "here", "train", torch.float32, {"C": 8}, {})
+    with pytest.raises(KernelError, match=rf"backend '{name}' of op layer_norm: {words}"):
+        ops.layer_norm.load(name).unsupported(site)
+    assert "unsupported(site)" in ops.layer_norm.why_not(site, [name])[name]
+
+
 def test_bring_your_own_module(mine):
     mine("my_package.my_norm")
     model = Model()
