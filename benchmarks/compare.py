@@ -260,16 +260,29 @@ def _kernels(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def _machine(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Clocks and limits that differ, throttling, load."""
     found = []
-    for field in ("clock_mhz", "clock_max_mhz", "memory_clock_mhz", "power_limit_w"):
-        old, new = (m["state"][field] for m in (a, b))
-        if old is not None and new is not None and abs(new - old) > CLOCK_TOLERANCE * max(old, new):
-            found.append(f"{field}: {old:g} → {new:g}")
+    for when, key in (("", "state"), (", afterwards", "state_after")):
+        for field in ("clock_mhz", "clock_max_mhz", "memory_clock_mhz", "power_limit_w"):
+            old, new = (_number(_object(m, key).get(field)) for m in (a, b))
+            if old is not None and new is not None and abs(new - old) > CLOCK_TOLERANCE * max(old, new):
+                found.append(f"{field}{when}: {old:g} → {new:g}")
     for label, m in (("A", a), ("B", b)):
-        if m["state"]["throttled_by"]:
-            found.append(f"{label} was throttled: {', '.join(m['state']['throttled_by'])}")
-        if m["load_average"] and m["load_average"][0] > 0.5 * m["cores"]:
-            found.append(f"{label} began on a busy machine: load {m['load_average'][0]} on {m['cores']} cores")
+        held = dict.fromkeys([*m["state"]["throttled_by"], *throttled_after(m)])
+        if held:
+            found.append(f"{label} was throttled: {', '.join(held)}")
+        for when, key, most in (("began", "load_average", 0.5), ("ended", "load_after", 1.5)):  # with its own load
+            if m[key] and m[key][0] > most * m["cores"]:
+                found.append(f"{label} {when} on a busy machine: load {m[key][0]} on {m['cores']} cores")
     return found
+
+
+def throttled_after(machine: Mapping[str, Any]) -> list[str]:
+    """The reasons that were named when all was timed."""
+    found = _object(machine, "state_after").get("throttled_by")
+    return [str(reason) for reason in found] if isinstance(found, list) else []
+
+
+def _number(value: Any) -> float | None:
+    return value if record.problems(value, record.NUMBER) == [] else None
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -472,6 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             fields = asdict(row) | of
             result["figures"].append(record.figure(row.label, "ms", "lower", fields.pop("samples_ms")))
             rows.append(fields)
+    record.after(result)
     for item in refused:
         print(f"refused {item['op']}.{item['backend']}: {item['why']}", file=say)
     for text in gate.red:

@@ -259,6 +259,7 @@ def climb(
             {column.name: empty_cell(preset, column) for column in columns},
         )  # fmt: skip
         size.fill(columns)
+        record.after(result)
         cells += size.cells.values()
         tables += [row for row in size.tables if row not in tables]
         figures = [

@@ -36,6 +36,15 @@ IN_SOURCE_TREE = (ROOT / "setup.py").exists()  # and not an installed wheel, whi
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tritium")
 NUMBER = (int, float)
 
+STATE: Schema = {  # null or [] where the system does not say
+    "clock_mhz": (*NUMBER, type(None)),  # of a GPU's processors; of a CPU, the mean over its cores
+    "clock_max_mhz": (*NUMBER, type(None)),
+    "memory_clock_mhz": (*NUMBER, type(None)),
+    "power_w": (*NUMBER, type(None)),
+    "power_limit_w": (*NUMBER, type(None)),
+    "temperature_c": (*NUMBER, type(None)),
+    "throttled_by": [str],  # reasons that a GPU's driver names, e.g. "sw_power_cap"
+}
 MACHINE: Schema = {
     "device": str,  # "cpu" or "cuda"
     "name": str,  # marketing name of the device
@@ -45,15 +54,9 @@ MACHINE: Schema = {
     "threads": (int, type(None)),  # that torch computes with; null where torch was not loaded, and before version 3
     "memory_bytes": int,  # of the host
     "load_average": [NUMBER],  # when the record was begun: 1, 5, 15 minutes
-    "state": {  # when the record was begun; null or [] where the system does not say
-        "clock_mhz": (*NUMBER, type(None)),  # of a GPU's processors; of a CPU, the mean over its cores
-        "clock_max_mhz": (*NUMBER, type(None)),
-        "memory_clock_mhz": (*NUMBER, type(None)),
-        "power_w": (*NUMBER, type(None)),
-        "power_limit_w": (*NUMBER, type(None)),
-        "temperature_c": (*NUMBER, type(None)),
-        "throttled_by": [str],  # reasons that a GPU's driver names, e.g. "sw_power_cap"
-    },
+    "load_after": [NUMBER],  # when all was timed; [] where nobody looked, and before version 3
+    "state": STATE,  # when the record was begun
+    "state_after": (dict, type(None)),  # STATE when all was timed, the device still warm; null as load_after
 }
 FIGURE: Schema = {
     "name": str,  # "tokens_per_s", or "layer_norm.triton gpt2_124m forward"; unique in its record
@@ -243,7 +246,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
     """Version 1 had no state of the machine, no sources, figures and checks; a throughput record's come of its arms."""
     new = old | {"schema": 2, "preset": None, "kernels": [], "sources": {}, "figures": [], "checks": []}
-    new["machine"] = old.get("machine", {}) | {"state": dict.fromkeys(MACHINE["state"]) | {"throttled_by": []}}
+    new["machine"] = old.get("machine", {}) | {"state": dict.fromkeys(STATE) | {"throttled_by": []}}
     if old["kind"] == "throughput":
         settings, arms = old["settings"], old["arms"]
         new["preset"] = settings["preset"]
@@ -264,7 +267,7 @@ def from_version_2(old: dict[str, Any]) -> dict[str, Any]:
     """Version 2 did not say with how many threads and in which environment, and called figures OF_A_RATE goals."""
     new = {"environment": None, **old, "schema": VERSION}
     if isinstance(old.get("machine"), dict):
-        new["machine"] = {"threads": None, **old["machine"]}
+        new["machine"] = {"threads": None, "state_after": None, "load_after": [], **old["machine"]}
     if old["kind"] == "train" and isinstance(old.get("figures"), list):
         new["figures"] = [
             f | {"better": ""} if isinstance(f, dict) and str(f.get("name")).endswith(OF_A_RATE) else f
@@ -366,8 +369,20 @@ def machine(device: str) -> dict[str, Any]:
         "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "state": _gpu_state() if device == "cuda" else _cpu_state(),
+        "load_after": [],
+        "state": _state(device),
+        "state_after": None,
     }
+
+
+def after(record: dict[str, Any]) -> None:
+    """Look at the machine again: to be called as soon as all is timed."""
+    machine = record["machine"]
+    machine |= {"state_after": _state(machine["device"]), "load_after": [round(load, 2) for load in os.getloadavg()]}
+
+
+def _state(device: str) -> dict[str, Any]:
+    return _gpu_state() if device == "cuda" else _cpu_state()
 
 
 THROTTLE = {  # bits of NVML's clocks_event_reasons that mean a GPU was held back

@@ -756,7 +756,8 @@ def machines(found: Found) -> Section:
         m = max(records, key=lambda data: data["date"])["machine"]
         torch = sorted({data["versions"].get("torch", "unknown") for data in records})
         triton = sorted({data["versions"].get("triton", "unknown") for data in records})
-        held = sorted({reason for data in records for reason in data["machine"]["state"]["throttled_by"]})
+        both = [[*d["machine"]["state"]["throttled_by"], *compare.throttled_after(d["machine"])] for d in records]
+        held = sorted({reason for reasons in both for reason in reasons})
         clock = [c for data in records if (c := data["machine"]["state"]["clock_mhz"]) is not None]
         power = [c for data in records if (c := data["machine"]["state"]["power_w"]) is not None]
         load = [data["machine"]["load_average"][0] for data in records if data["machine"]["load_average"]]
@@ -792,6 +793,8 @@ def provenance(found: Found) -> Section:
         versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
         state = {k: v for k, v in data["machine"]["state"].items() if v not in (None, [])}
         state_text = "; ".join(f"{k} {v}" for k, v in state.items())
+        after = {k: v for k, v in (data["machine"]["state_after"] or {}).items() if v not in (None, [])}
+        after_text = "; ".join(f"{k} {v}" for k, v in after.items())
         blocks: list[Block] = [Text(f"RED: {text}", loud=True) for text in entry.red]
         if entry.rehearsed:
             blocks.append(Text("Of a rehearsal without a GPU: its figures mean nothing.", loud=True))
@@ -805,7 +808,9 @@ def provenance(found: Found) -> Section:
             Text(
                 f"{entry.machine}, {data['machine']['arch']}"
                 + ("" if (threads := data["machine"]["threads"]) is None else f", {_count(threads, 'thread')}")
-                + (f"; at the start: {state_text}." if state else ".")
+                + (f"; at the start: {state_text}" if state else "")
+                + (f"; at the end: {after_text}" if after else "")
+                + "."
             ),
         ]
         if data["environment"]:

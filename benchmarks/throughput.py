@@ -147,6 +147,7 @@ def bench_train(
             found, taken = run.compare(fit, names, screening_steps, rounds)
             facts |= found
             samples |= taken
+    record.after(result)
     absent |= run.failed
     if not facts:
         reasons = "; ".join(f"{name} {reason}" for name, reason in absent.items())

@@ -457,6 +457,7 @@ def bench(
             timing.warm_up(run, limit_runs=6)
         between = Compiled.now()  # what the attention backends compiled is not the step's
         samples = timing.interleave({"step": step_arm, **own}, rounds, lambda done: say(f"round {done} of {rounds}"))
+        record.after(result)
         losses.append(last[0].item())
         rows, profiled_ms = _explained(training, batches, rate, picture, config.name) if explain else ([], None)
         later = Compiled.now() - between

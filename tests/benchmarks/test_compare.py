@@ -195,6 +195,21 @@ def test_a_record_that_b_lacks_fails_the_strict_gate(tmp_path, capsys):
     assert f"gate 0.9: FAILED, B lacks the record of {gone}" in capsys.readouterr().out
 
 
+def test_what_held_the_machine_back_meanwhile_is_said(tmp_path, capsys):
+    a = made(tmp_path, "a")
+    state = json.loads((tmp_path / "a.json").read_text())["machine"]["state"]
+    after = state | {"throttled_by": ["hw_thermal"], "clock_mhz": 900.0}
+    b = made(
+        tmp_path, "b", machine__state_after=after, machine__load_after=[99.0, 0, 0], machine__load_average=[0, 0, 0]
+    )
+    assert compare.main([a, b]) == 0
+    out = capsys.readouterr().out
+    assert "B was throttled: hw_thermal" in out
+    assert "B ended on a busy machine: load 99.0" in out
+    assert compare.main([made(tmp_path, "a", machine__state_after=after | {"clock_mhz": 1800.0}), b]) == 0
+    assert "clock_mhz, afterwards: 1800 → 900" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [

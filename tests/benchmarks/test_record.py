@@ -98,7 +98,7 @@ def test_the_state_of_a_gpu_is_what_nvidia_smi_says(monkeypatch):
     assert state["clock_mhz"] == 1980.0
     assert state["power_w"] is None
     assert state["throttled_by"] == ["sw_power_cap", "sw_thermal"]
-    assert record.problems(state, record.MACHINE["state"]) == []
+    assert record.problems(state, record.STATE) == []
 
 
 def test_records_of_version_1_are_brought_up_to_date():
@@ -195,13 +195,24 @@ def test_threads_and_what_was_set_around_the_program_are_recorded(monkeypatch):
     assert common["environment"]["LD_PRELOAD"] == ""
 
 
+def test_the_machine_is_looked_at_again_when_all_was_timed(monkeypatch):
+    result = record.begin("test", "tritium bench", "cpu")
+    assert (result["machine"]["state_after"], result["machine"]["load_after"]) == (None, [])
+    hot = record._cpu_state() | {"throttled_by": ["hw_thermal"]}
+    monkeypatch.setattr(record, "_cpu_state", lambda: hot)
+    record.after(result)
+    assert result["machine"]["state_after"] == hot
+    assert len(result["machine"]["load_after"]) == 3
+    assert record.problems(result, record.COMMON) == []
+
+
 def test_records_of_version_2_are_brought_up_to_date(tmp_path):
     """They do not say with how many threads, and called a goal what is divided by a rate that was measured once."""
     now = record.begin("train", "tritium bench train", "cpu", "tiny")
     names = ("tokens/s", "MFU, full of measured matmul", "MFU, full of datasheet")
     now["figures"] = [record.figure(name, "", "higher", [1.0, 2.0]) for name in names]
     old = {key: value for key, value in now.items() if key != "environment"} | {"schema": 2}
-    old["machine"] = {key: value for key, value in now["machine"].items() if key != "threads"}
+    old["machine"] = {key: value for key, value in now["machine"].items() if key not in NEW_IN_3}
     (tmp_path / "old.json").write_text(json.dumps(old))
     found = record.read(tmp_path / "old.json")
     assert (found["schema"], found["environment"], found["machine"]["threads"]) == (record.VERSION, None, None)
@@ -209,13 +220,14 @@ def test_records_of_version_2_are_brought_up_to_date(tmp_path):
     assert record.problems(found, record.COMMON) == []
 
 
+NEW_IN_3 = ("threads", "state_after", "load_after")  # of the machine
 NEW_SINCE = ("environment", "preset", "kernels", "sources", "figures", "checks")
 
 
 def test_a_record_of_version_1_of_another_kind_has_no_figures(tmp_path):
     now = record.begin("overhead", "tritium bench overhead", "cpu")
     old = {key: value for key, value in now.items() if key not in NEW_SINCE} | {"schema": 1, "rows": [1]}
-    old["machine"] = {key: value for key, value in now["machine"].items() if key not in ("state", "threads")}
+    old["machine"] = {key: value for key, value in now["machine"].items() if key not in ("state", *NEW_IN_3)}
     (tmp_path / "old.json").write_text(json.dumps(old))
     found = record.read(tmp_path / "old.json")
     assert record.problems({key: found[key] for key in record.COMMON}, record.COMMON) == []
@@ -227,7 +239,7 @@ def test_a_record_of_version_1_of_another_kind_has_no_figures(tmp_path):
 
 def test_the_state_of_a_cpu_is_a_clock_where_the_system_tells_one():
     state = record._cpu_state()
-    assert record.problems(state, record.MACHINE["state"]) == []
+    assert record.problems(state, record.STATE) == []
     assert state["clock_mhz"] is None or 100 < state["clock_mhz"] < 10_000
     assert state["throttled_by"] == []
 
