@@ -498,8 +498,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for dtype, rate in result["rates"].items():
         shown = "{copy_gb_per_s:.1f} GB/s, a product {matmul_tflop_per_s:.3g} TFLOP/s".format(**rate)
         print(f"measured here, {dtype}: a copy reads and writes {shown}", file=say)
-    record.write(result, SCHEMA, path)
-    print(f"written: {path}", file=say, flush=True)
+    replaced = record.write(result, SCHEMA, path)
+    print(f"written: {path}{replaced}", file=say, flush=True)
     if a.json:
         print(json.dumps(result, indent=1))
     timed = {INDUCTOR if row["compiled"] and row["backend"] == "reference" else row["backend"] for row in rows}

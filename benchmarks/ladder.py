@@ -434,9 +434,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         precision=a.precision or ("bf16" if device == "cuda" else "fp32"),
         command=shlex.join(["tritium", "bench", "ladder", *argv]),
     )  # fmt: skip
-    record.write(result, SCHEMA, path)
+    replaced = record.write(result, SCHEMA, path)
     path.with_suffix(".md").write_text(table(result) + "\n")
-    print(f"\n{table(result)}\nwritten: {path}", flush=True)
+    print(f"\n{table(result)}\nwritten: {path}{replaced}", flush=True)
     return int(not all(check["ok"] for check in result["checks"]))
 
 

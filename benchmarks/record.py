@@ -297,12 +297,14 @@ def contradictions(figures: Iterable[dict[str, Any]]) -> list[str]:
     return found
 
 
-def write(record: dict[str, Any], schema: Schema, path: pathlib.Path) -> None:
-    """Check a record and write it whole or not at all; RecordError lists every problem."""
+def write(record: dict[str, Any], schema: Schema, path: pathlib.Path) -> str:
+    """Check a record and write it whole or not at all; RecordError lists every problem. Returns which one it replaced,
+    to be said after the path, or ""."""
     found = problems(record, {**COMMON, **schema}) or contradictions(record["figures"])
     if found:
         raise RecordError(f"{path.name} was not written, its record does not fit the schema:\n  " + "\n  ".join(found))
     path.parent.mkdir(parents=True, exist_ok=True)
+    replaced = _replaced(path)
     temporary = path.with_suffix(".tmp")
     try:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -311,6 +313,18 @@ def write(record: dict[str, Any], schema: Schema, path: pathlib.Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+    return replaced
+
+
+def _replaced(path: pathlib.Path) -> str:
+    if not path.exists():
+        return ""
+    try:
+        before = json.loads(path.read_text())
+        when, commit = before["date"][:16].replace("T", " "), before["commit"][:10]
+        return f", in place of that of {when}, commit {commit}; another --out keeps both"
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return ", in place of a file that was no record"
 
 
 def unwritable(path: pathlib.Path) -> str:

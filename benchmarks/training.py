@@ -734,7 +734,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not world.first:
         return _status(result)
     path = folder / f"{stem}.json"
-    record.write(result, SCHEMA, path)
+    replaced = record.write(result, SCHEMA, path)
     print(f"\n{summary(result)}")
     if result["anatomy"]:
         value = {f["name"]: f["value"] for f in result["figures"]}
@@ -742,7 +742,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"\n{anatomy.text(result['anatomy'])}\nof a profiled step of {value['profiled step']:.1f} ms, "
             f"{value['profiled step'] / value['step']:.2f} × the one that was timed\ndrawn: {path.with_suffix('.png')}"
         )
-    print(f"written: {path}", flush=True)
+    print(f"written: {path}{replaced}", flush=True)
     return _status(result)
 
 

@@ -164,6 +164,18 @@ def test_a_record_that_contradicts_itself_is_not_written(tmp_path):
         record.write(result, SCHEMA, tmp_path / "a.json")
 
 
+def test_a_record_that_takes_anothers_place_says_so(tmp_path):
+    first = (
+        record.begin("test", "tritium bench", "cpu") | GOOD | {"date": "2026-01-02T03:04:05+00:00", "commit": "a" * 40}
+    )
+    assert record.write(first, SCHEMA, tmp_path / "a.json") == ""
+    assert record.write(first, SCHEMA, tmp_path / "a.json") == (
+        ", in place of that of 2026-01-02 03:04, commit aaaaaaaaaa; another --out keeps both"
+    )
+    (tmp_path / "a.json").write_text("{")
+    assert record.write(first, SCHEMA, tmp_path / "a.json") == ", in place of a file that was no record"
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device")
