@@ -944,7 +944,7 @@ class _Run:
             for name, found in told.items():
                 self.rows[name]["training"] = found
         twin = max(self.twins, key=lambda t: abs(math.log(t.median)), default=None)
-        checks = [record.check(f"{row['name']} computes what the reference does", row["status"] == "ok", row["reason"])
+        checks = [record.check(f"{row['name']} {ablate_results.RIGHT}", row["status"] == "ok", row["reason"])
                   for row in rows if row["status"] in ("ok", "red", "failed")]  # fmt: skip
         checks.append(record.check("nothing compiled while timing", self.recompiled == 0, f"{self.recompiled} frames"))
         if twin is not None:
@@ -1087,6 +1087,17 @@ def _check(made: argparse.ArgumentParser, a: argparse.Namespace, fields: Sequenc
         flag = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
         if word.startswith("-") and flag not in known and not _number(word):
             made.error(f"there is no flag {word!r}; the nearest are {nearest(word, [*own, *sorted(known)])}")
+    if (word := _after_the_flags(fields)) is not None:
+        made.error(
+            f"{word!r} comes after the flags; axes and ops come before them: tritium ablate {a.preset} "
+            f"{' '.join([*a.axes, word])} --mode {a.mode} ..."
+        )
+    for flag, on in (("--no-gate", a.gate), ("--no-twin", a.twin)):
+        if a.write_tuning and not on:
+            made.error(
+                f"--write-tuning lets auto take what is shown to be right and faster, and {flag} leaves out what shows "
+                f"it; leave {flag} out"
+            )
     least = {
         "rounds": (2, ", or there is no interval"), "T": (1, ""), "B": (1, ""), "steps": (0, ""),
         "seeds": (3, ", or a paired test shows nothing"), "eval_every": (0, ""), "together": (0, ""),
@@ -1110,6 +1121,19 @@ def _check(made: argparse.ArgumentParser, a: argparse.Namespace, fields: Sequenc
                 )
     elif not a.axes:
         made.error("no axis was given, so there is nothing to compare; for example: attention=native,sdpa")
+
+
+def _after_the_flags(fields: Sequence[str]) -> str | None:
+    """The first word that is no flag and no flag's value."""
+    before, many = "", False
+    for word in fields:
+        if word.startswith("--"):
+            section, _, name = word[2:].partition("=")[0].replace("-", "_").partition(".")
+            many = isinstance(getattr(getattr(Config(), section, None), name, None), tuple)
+        elif not many and (not before.startswith("--") or "=" in before):
+            return word
+        before = word
+    return None
 
 
 def _number(word: str) -> bool:
@@ -1198,22 +1222,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         request = request_of(a, fields, device)
         request.command = shlex.join(["tritium", "ablate", *argv])
+        folder = a.out or throughput.results_folder({"machine": record.machine(device)})
+        digest = hashlib.sha256("\0".join([a.mode, *words[1:], *fields, str(a.steps)]).encode()).hexdigest()[:6]
+        path = folder / f"ablate_{a.preset}_T{request.T}_B{request.B}_{digest}.json"
+        if why := record.unwritable(path):
+            made.error(f"--out: {why}")
         result = ablate(request)
     except (AxisError, cli.UsageError) as error:
         made.error(str(error))
     except (NothingToCompare, ConfigError, KernelError, DataError) as error:
         _say(f"{a.preset}: {error}")
         return 1
-    folder = a.out or throughput.results_folder(result)
-    digest = hashlib.sha256("\0".join([a.mode, *words[1:], *fields, str(a.steps)]).encode()).hexdigest()[:6]
-    written = save(result, folder / f"ablate_{a.preset}_T{request.T}_B{request.B}_{digest}.json")
-    print(f"\n{ablate_results.text(result)}\n\nwritten: {', '.join(map(str, written))}", flush=True)
-    if a.write_tuning:
-        for op in dict.fromkeys(
-            axis.op for axis in request.axes if axis.op is not None and axis.field != "kernels.override"
-        ):
+    print(f"\n{ablate_results.text(result)}\n", flush=True)  # before the disk has a say in it
+    print(f"written: {', '.join(map(str, save(result, path)))}", flush=True)
+    status = int(not all(check["ok"] for check in result["checks"]))
+    chosen = [axis.op for axis in request.axes if axis.op is not None and axis.field != "kernels.override"]
+    for op in dict.fromkeys(chosen) if a.write_tuning else ():
+        try:
             print(ablate_results.write_tuning(result, op, request.arms[0].config), flush=True)
-    return int(not all(check["ok"] for check in result["checks"]))
+        except (RuntimeError, OSError) as error:
+            _say(f"--write-tuning: {op}: {error}")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -225,13 +225,22 @@ def page(result: Mapping[str, Any], picture: bytes) -> str:
 # -------------------------------------------------------------------------------------------------------------- tuning
 
 
+RIGHT = "computes what the reference does"  # the checks of arms; one that is red has no speed, and so no rank
+
+
 def ranking(result: Mapping[str, Any], op: str) -> tuple[list[str], str]:
     """([backends of ``op`` from best to worst], evidence) from a record, or ([], why there is no order to be had). The
     reference is the last: it serves every place.
 
     Compared are the arms that differ from the baseline in this op alone, each with one backend at all its places. The
-    first must be faster than the baseline, or be the baseline and faster than every other.
+    first must be faster than the baseline, or be the baseline and faster than every other. Backends were held to their
+    contract, and what the record says of its own timing holds.
     """
+    if not result["settings"]["gate"] or result["twin"] is None:
+        return [], "without contract and twin nothing shows that a backend is right and faster"
+    for check in result["checks"]:
+        if not check["ok"] and not check["name"].endswith(RIGHT):
+            return [], f"{check['name']}: {check['detail']}"
     arms: dict[str, Mapping[str, Any]] = {}
     first = next(row for row in result["arms"] if row["name"] == result["baseline"])
 
@@ -252,6 +261,12 @@ def ranking(result: Mapping[str, Any], op: str) -> tuple[list[str], str]:
             return [], f"{order[0]} is the fastest, and not shown to be faster than {', '.join(tied)}"
     elif best["verdict"] != "faster":
         return [], f"{order[0]} is the fastest, and not shown to be faster than the baseline"
+    if "." in order[0]:
+        return [], (
+            f"{order[0]} is the fastest, and a module that the package does not have: auto could take it only where it "
+            f"can be imported; make it a backend, kernels/{op}/impl_NAME.py"
+        )
+    order = [name for name in order if "." not in name]
     settings, speeds = result["settings"], []
     for name in order:
         ratio = arms[name]["ratio"]

@@ -171,6 +171,10 @@ def test_an_axis_sets_its_field(axis, field, typed):
         (["few", "gelu=auto,reference", "--target-loss", "3"], "wants --steps N"),
         (["few", "gelu=auto,reference", "--seed", "-1"], "--seed must be from 0"),
         (["few", "precision=fp32,bf16", "--write-tuning"], "no axis is an op"),
+        (["few", "gelu=auto,triton", "--write-tuning", "--no-gate"], "leave --no-gate out"),
+        (["few", "gelu=auto,triton", "--write-tuning", "--no-twin"], "leave --no-twin out"),
+        (["few", "--mode", "leave-one-out", "adamw"], "'adamw' comes after the flags; axes and ops come before them"),
+        (["few", "--mode", "grid", "gelu=auto,triton"], "'gelu=auto,triton' comes after the flags"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_exits_2_with_the_nearest(tmp_path, monkeypatch, capsys, words, said):
@@ -651,7 +655,7 @@ def test_the_winning_order_is_written_once_and_auto_takes_it(tmp_path, monkeypat
     before = json.loads(tuning.read_text())
     fast = fabricated(native=wobble(90.0), torch_fused=wobble(104.0))
     monkeypatch.setattr(timing, "interleave", fast)
-    words = ["adamw=reference,torch_fused,native", *SMALL, "--no-gate", "--no-twin", "--write-tuning"]
+    words = ["adamw=reference,torch_fused,native", *SMALL, "--write-tuning"]
     assert run(tmp_path, *words)[0] == 0
     entries = json.loads(tuning.read_text())
     assert entries[1:] == before
@@ -678,20 +682,67 @@ def test_the_winning_order_is_written_once_and_auto_takes_it(tmp_path, monkeypat
 def test_no_order_is_written_where_none_is_shown(tmp_path, monkeypatch, tuning, capsys, native, said):
     before = tuning.read_text()
     monkeypatch.setattr(timing, "interleave", fabricated(native=native))
-    words = ["adamw=reference,native", *SMALL, "--no-gate", "--no-twin", "--write-tuning"]
+    words = ["adamw=reference,native", *SMALL, "--write-tuning"]
     run(tmp_path, *words)
     assert said in capsys.readouterr().out
     assert tuning.read_text() == before
 
 
-def test_an_order_that_auto_would_not_follow_is_taken_back(tmp_path, monkeypatch, tuning):
+def test_an_order_that_auto_would_not_follow_is_taken_back(tmp_path, monkeypatch, tuning, capsys):
     """Another file, read before this one, decides for the same place."""
     first = tuning.with_name("a.json")
     first.write_text(json.dumps([{"arch": "*", "op": "adamw", "order": ["torch_fused"], "evidence": "none"}]))
     before = tuning.read_text()
     monkeypatch.setattr(timing, "interleave", fabricated(native=wobble(90.0)))
-    words = ["adamw=reference,native", *SMALL, "--no-gate", "--no-twin"]
-    _, result = run(tmp_path, *words)
-    with pytest.raises(RuntimeError, match="auto would choose torch_fused and not native"):
-        ablate_results.write_tuning(result, "adamw", CONFIG)
+    words = ["adamw=reference,native", *SMALL, "--write-tuning"]
+    assert run(tmp_path, *words)[0] == 1
+    assert "auto would choose torch_fused and not native" in capsys.readouterr().err
     assert tuning.read_text() == before
+
+
+def test_no_order_is_written_on_a_noisy_machine_or_of_a_backend_that_others_lack(
+    tmp_path, monkeypatch, tuning, capsys, plant
+):
+    before = tuning.read_text()
+    monkeypatch.setattr(timing, "interleave", fabricated(native=wobble(90.0), twin=wobble(103.0)))
+    assert run(tmp_path, "adamw=reference,native", *SMALL, "--write-tuning")[0] == 1
+    assert "adamw: no order was written: the baseline is as fast as its twin: 0.97" in capsys.readouterr().out
+    name = plant("gelu", lambda x, approximate="tanh": ops.OPS["gelu"].reference(x, approximate))
+    monkeypatch.setattr(timing, "interleave", lambda *a: {
+        arm: timing.Samples(tuple((t, t) for t in wobble(90.0 if arm.endswith(name) else 100.0))) for arm in a[0]
+    })  # fmt: skip
+    status, _ = run(tmp_path / "own", f"gelu=reference,{name}", *SMALL, "--write-tuning")
+    assert f"gelu: no order was written: {name} is the fastest, and a module that" in capsys.readouterr().out
+    assert (status, tuning.read_text()) == (0, before)
+
+
+def test_a_tuning_file_that_cannot_be_written_costs_no_result(tmp_path, monkeypatch, tuning, capsys):
+    monkeypatch.setattr(timing, "interleave", fabricated(native=wobble(90.0)))
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ablate_results, "_replace", full)
+    status, result = run(tmp_path, "adamw=reference,native", *SMALL, "--write-tuning")
+    assert (status, result["kind"]) == (1, "ablate")
+    assert "--write-tuning: adamw: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_built(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(ablate, "ablate", lambda request: pytest.fail("it was begun"))
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "file", "gelu=auto,triton", *SMALL)
+    assert stop.value.code == 2
+    assert "--out: " in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_end_costs_the_files_and_not_the_table(tmp_path, monkeypatch, capsys):
+    def full(result, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ablate, "save", full)
+    monkeypatch.setattr(timing, "interleave", fabricated(native=wobble(90.0)))
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path, "adamw=reference,native", *SMALL, "--no-gate")
+    assert "adamw=native" in capsys.readouterr().out
