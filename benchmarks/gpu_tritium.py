@@ -94,6 +94,7 @@ def contract_on_device(bench: Bench) -> None:
     seen: collections.Counter[str] = collections.Counter()
     items: list[workers.Item] = []
     facts: dict[str, dict[str, Any]] = {}
+    hung = {name for name, status in red_backends(bench, earlier=False).items() if status == "hung"}
     for op, backend, case in contract_cases(ops_of(bench)):
         if bench.tiny:
             short = "fp32"  # the interpreter's bf16 is not to be trusted
@@ -109,6 +110,10 @@ def contract_on_device(bench: Bench) -> None:
             kept = {k: v for k, v in found.line.items() if k not in ("stage", "name", "value", "unit", "recorded")}
             bench.lines.write(name, "passed", "contract", **kept, recorded=str(found.path))
             seen["recorded"] += 1
+        elif (op.name, backend) in hung:  # it would cost its patience again
+            why = f"{op.name}.{backend} hung in an earlier stage"
+            bench.lines.write(name, "not run", "contract", **facts[name], reason=why)
+            seen["not run"] += 1
         else:
             items.append(workers.Item(name, f"{op.name}.{backend}", task, SLOW_S if compiled or bench.tiny else 0.0))
     count = 2 if bench.tiny else max(1, min(6, (os.cpu_count() or 1) // 2))
@@ -298,10 +303,10 @@ def _beat_while_compiling(runtime: Any, beat: workers.Beat) -> None:
 RED = ("failed", "hung", "crashed")
 
 
-def red_backends(bench: Bench) -> dict[tuple[str, str], str]:
-    """(op, backend) → how it broke the contract, in this run or in an earlier one with the same source."""
+def red_backends(bench: Bench, earlier: bool = True) -> dict[tuple[str, str], str]:
+    """(op, backend) → how it broke the contract, in this run or (``earlier``) in one before with the same source."""
     found: dict[tuple[str, str], str] = {}
-    for lines in bench.run.earlier.files.values():
+    for lines in bench.run.earlier.files.values() if earlier else ():
         for line in lines:
             if line["unit"] == "contract" and line["value"] in RED and {"op", "backend", "digest"} <= line.keys():
                 op, backend = line["op"], line["backend"]

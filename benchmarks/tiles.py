@@ -191,8 +191,12 @@ def tune(bench: Bench) -> None:
     entries: list[dict[str, Any]] = []
     parts = list(_parts(bench))
     known = {part.label: _facts(bench, part) for part in parts}
+    red = tritium.red_backends(bench)
     fresh = []
     for part in parts:
+        if (status := red.get((part.op, "triton"))) in ("hung", "crashed"):  # so would every candidate
+            bench.lines.write(part.label, f"{status} in the contract", "left out")
+            continue
         repeat = bench.run.again or bool(bench.run.ops)
         found = None if repeat else bench.run.earlier.line(part.label, {**known[part.label], "unit": "part"})
         if found is None:

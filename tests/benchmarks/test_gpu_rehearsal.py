@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tritium.benchmarks import gpu, gpu_records, gpu_table, gpu_tritium, record, stages, workers
+from tritium.benchmarks import gpu, gpu_records, gpu_table, gpu_tritium, record, stages, tiles, workers
 from tritium.benchmarks.gpu_baseline import Bench
 from tritium.engine import presets
 from tritium.kernels import op as binding
@@ -244,6 +244,24 @@ def test_a_backend_that_broke_the_contract_is_in_no_training_step(bench, tmp_pat
     )
     found = gpu_tritium.sound(bench("training"), presets.load("gpt2_124m").replace(kernels={"gelu": "hangs"}))
     assert found.kernels.gelu == "reference"
+
+
+def test_what_hung_in_one_stage_hangs_in_no_other(bench, tmp_path, monkeypatch):
+    """Nor is it tuned."""
+    monkeypatch.setattr(OPS["gelu"], "backends", lambda: ["hangs"])
+    written(
+        tmp_path,
+        "contract",
+        RED | {"name": "a", "value": "hung"},
+        RED | {"name": "b", "value": "crashed", "backend": "triton"},
+    )
+    with pytest.raises(SystemExit, match="the contract: none passed"):
+        gpu_tritium.contract_on_device(bench("contract_fp32"))
+    found = {line["backend"]: line for line in stages.read_lines(tmp_path / "contract_fp32.jsonl") if "backend" in line}
+    assert (found["hangs"]["value"], found["hangs"]["reason"]) == ("not run", "gelu.hangs hung in an earlier stage")
+    tiles.tune(bench("tiles"))
+    lines = stages.read_lines(tmp_path / "tiles.jsonl")
+    assert [(line["value"], line["unit"]) for line in lines] == [("crashed in the contract", "left out")]
 
 
 def test_what_an_earlier_run_found_red_counts_until_the_source_changes_or_it_passes(bench, tmp_path):
