@@ -37,7 +37,7 @@ from tritium.engine.precision import bf16_gain_on_cpu
 NAMES = ("textbook", "huggingface", "huggingface_eager", "huggingface_liger", "litgpt", "torchtitan")
 REQUIRED = ("textbook", "huggingface", "litgpt")  # run on any device: a comparison without one of them is not whole
 AUTOTUNE = "max-autotune-no-cudagraphs"
-INSTALL = "pip install 'tritium[peers]'"
+INSTALL = "in the source tree: pip install -e '.[peers]'"  # tritium is in no package index
 
 
 def peer(name: str) -> ModuleType:

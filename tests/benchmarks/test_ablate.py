@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import pathlib
+import shlex
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import types
 import pytest
 import torch
 
-from tritium.benchmarks import ablate, ablate_results, curves, record, timing
+from tritium.benchmarks import ablate, ablate_results, curves, record, timing, training
 from tritium.engine import presets
 from tritium.engine.config import Config, GPTConfig, KernelsConfig, OptimConfig, TrainConfig
 from tritium.kernels import op as contract
@@ -31,6 +32,7 @@ CONFIG = Config(
     optim=OptimConfig(lr=1e-2, warmup_steps=0),
     kernels=KernelsConfig(default="reference"),
 )
+NAMES, LOAD = presets.names, presets.load
 SMALL = ["--T", "16", "--B", "4", "--rounds", "2"]
 
 
@@ -184,6 +186,41 @@ def test_a_wrong_command_line_exits_2_with_the_nearest(tmp_path, monkeypatch, ca
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def commands(beginning):
+    """The words behind ``tritium`` in every command of README, docs/ablate.md and --help that begins so."""
+    root = pathlib.Path(ablate.__file__).resolve().parent.parent
+    texts = [(root / name).read_text() for name in ("README.md", "docs/ablate.md")] + [ablate.parser().format_help()]
+    for line in "\n".join(texts).splitlines():
+        for part in line.strip().split("`"):
+            command = part.partition("  #")[0].strip()
+            if command.startswith(f"tritium {beginning} ") and "PRESET" not in command:
+                yield shlex.split(command)[1:]
+
+
+def test_documented_commands_can_be_meant(monkeypatch, plant):
+    """Every axis, op and flag of them is one of the preset's; nothing is run."""
+    monkeypatch.setattr(presets, "names", NAMES)
+    monkeypatch.setattr(presets, "load", LOAD)
+    seen = []
+    own = plant("attention", ops.OPS["attention"].reference)
+    for _, *words in commands("ablate"):
+        words = [word.replace("my_pkg.my_attention", own) for word in words]
+        count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+        a, fields = ablate.parser().parse_known_args(
+            [*words[count:], *(["--data", "markov"] if "--steps" in words else [])]
+        )
+        a.preset, a.axes = words[0], words[1:count]
+        ablate._check(ablate.parser(), a, fields)
+        request = ablate.request_of(a, fields, "cpu")
+        assert len(request.arms) >= 2
+        seen.append(request)
+    assert len(seen) >= 10
+    for _, preset, *fields in commands("train"):
+        if not any("my_pkg" in field or field.startswith("runs/") for field in [preset, *fields]):
+            config, _, _ = training.configured(preset, None, "cpu", [f for f in fields if f not in ("...",)])
+            assert ablate.planned(config, "cpu")
 
 
 def test_help_is_quick():

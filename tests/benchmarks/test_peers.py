@@ -140,7 +140,7 @@ def test_torchtitans_projection_holds_each_key_head_below_its_queries():
 def test_a_peer_that_cannot_run_says_how_it_could(monkeypatch):
     monkeypatch.setattr(peers.importlib.metadata, "version", nothing_is_installed)
     for name, package in (("huggingface", "transformers"), ("litgpt", "litgpt"), ("torchtitan", "torchtitan")):
-        wanted = f"needs the package {package}, which is not installed; pip install 'tritium[peers]'"
+        wanted = f"needs the package {package}, which is not installed; in the source tree: pip install -e '.[peers]'"
         assert peers.peer(name).why_not("cpu") == wanted
     assert textbook.why_not("cpu") is None
 
