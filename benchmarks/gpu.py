@@ -12,6 +12,7 @@ when a stage failed or was killed. ``--cpu`` rehearses every stage at tiny shape
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -38,7 +39,7 @@ if __name__ == "__main__":
     namespace.__path__ = [str(ROOT)]
     sys.modules["tritium"] = namespace
 
-from tritium.benchmarks import gpu_records, stages  # noqa: E402
+from tritium.benchmarks import gpu_records, record, stages  # noqa: E402
 
 RESERVE_S = 15.0  # of the minutes, for the table and the archive
 EAGER = {"TORCHDYNAMO_DISABLE": "1"}  # a rehearsal of what compiles by itself
@@ -156,12 +157,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         minutes = math.nan
     if not 0.0 < minutes < math.inf:
         made.error(f"--minutes (GPU_MINUTES) is a number above 0, and {a.minutes!r} is none")
+    if not names:
+        made.error(f"--stages (STAGE) names no stage: {a.stages!r}. All: {', '.join(STAGES)}")
     if a.serve:
         return serve_stage(a.serve, a.out, a.cpu)
     if a.one:
         return run_stage(a.one, a, chosen_ops)
     if chosen_ops and "kernels" in names and "tiles" not in names:
         names.insert(names.index("kernels") + 1, "tiles")
+    if why := record.unwritable(a.out / "gpu.json"):
+        made.error(why)
     return run_all([name for name in names if name != "device"], minutes, a, chosen_ops)
 
 
@@ -199,7 +204,9 @@ def run_all(names: Sequence[str], minutes: float, a: argparse.Namespace, chosen_
         chosen = [_stage(name, common, a, facts, digest, earlier) for name in names]
         outcomes += stages.run(chosen, a.out, end, say, keep)
     else:
-        outcomes += [stages.Outcome(name, "not run", 0.0, "there is no device to measure") for name in names]
+        stopped = outcomes[0].detail == stages.STOPPED
+        why = stages.STOPPED if stopped else "there is no device to measure"
+        outcomes += [stages.Outcome(name, "not run", 0.0, why) for name in names]
         for outcome in outcomes[1:]:
             say(f"== {outcome}")
     table = stages.run([_stage(TABLE, common, a)], a.out, time.monotonic() + 600.0, lambda text: None)[0]
@@ -208,7 +215,7 @@ def run_all(names: Sequence[str], minutes: float, a: argparse.Namespace, chosen_
     else:
         say("\n" + (a.out / "table.txt").read_text())
     try:
-        say(f"written: {stages.archive(a.out, 'rehearsal' if a.cpu else 'gpu')}")
+        say(f"written: {stages.archive(a.out, 'rehearsal' if a.cpu else 'gpu', begun)}")
     except OSError as error:
         say(f"the archive could not be written: {error}; what there is lies in {a.out}")
         return 1
@@ -240,7 +247,8 @@ def _stage(
     if plan.known and earlier is not None and not a.again:
         recorded = earlier.stage(name, shared)
     if recorded is not None:  # its figures belong into this run's table
-        stages.copy_lines(recorded, a.out / f"{name}.jsonl")
+        with contextlib.suppress(OSError):  # a full disk: the detail says where they are
+            stages.copy_lines(recorded, a.out / f"{name}.jsonl")
     return stages.Stage(
         name, patience * plan.limit_s, command, 1.0 if a.cpu or name == "device" else plan.expects_s,
         f"recorded already: {recorded}; --again repeats it" if recorded is not None else "", shared, environment,

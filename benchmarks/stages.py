@@ -81,11 +81,12 @@ def run(
         elif left < stage.expects_s:
             outcome = Outcome(stage.name, "not run", 0.0, f"wants {stage.expects_s:.0f} s, {max(left, 0.0):.0f} left")
         else:
+            begun = time.monotonic()
             try:
                 outcome = _run(stage, out, min(left, stage.limit_s))
             except KeyboardInterrupt:
                 stopped = True
-                outcome = Outcome(stage.name, "failed", 0.0, STOPPED)
+                outcome = Outcome(stage.name, "failed", time.monotonic() - begun, STOPPED)
             except OSError as error:  # it could not be started, or its stderr not be written
                 outcome = Outcome(stage.name, "failed", 0.0, f"{type(error).__name__}: {error}")
         try:
@@ -172,13 +173,18 @@ def _close_lines(path: pathlib.Path, outcome: Outcome, facts: Mapping[str, str])
 KEPT = (".jsonl", ".json", ".txt", ".md", ".png")  # what stages write
 
 
-def archive(out: pathlib.Path, name: str) -> pathlib.Path:
-    """One compressed tar of everything the stages wrote; returns its path in ``out``."""
-    path = out / f"{name}.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        for file in sorted(out.iterdir()):
-            if file.suffix in KEPT:
-                tar.add(file, arcname=f"{name}/{file.name}")
+def archive(out: pathlib.Path, name: str, begun: float = 0.0) -> pathlib.Path:
+    """One compressed tar of everything the stages wrote since ``begun`` (time.time()); returns its path in ``out``.
+    OSError, and no archive, where it cannot be written."""
+    path, temporary = out / f"{name}.tar.gz", out / f"{name}.tar.tmp"
+    try:
+        with tarfile.open(temporary, "w:gz") as tar:
+            for file in sorted(out.iterdir()):
+                if file.suffix in KEPT and file.stat().st_mtime >= begun - 1.0:
+                    tar.add(file, arcname=f"{name}/{file.name}")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -134,12 +134,25 @@ def test_tuning_adds_the_tiles_and_wrong_words_end_with_the_nearest(monkeypatch,
         (["--ops", "atention"], "there is no op 'atention'; the nearest are attention"),
         (["--minutes", "soon"], "'soon' is none"), (["--minutes", "-1"], "'-1' is none"),
         (["--stagse", "gemm"], "there is no flag '--stagse'; the nearest are --stages"),
+        (["--stages", " ,"], "--stages (STAGE) names no stage"),
+        (["--out", str(SCRIPT)], f"{SCRIPT} cannot hold a record"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as raised:
             gpu.main(words)
         assert raised.value.code == 2
         assert said in capsys.readouterr().err
     assert len(seen) == 1
+
+
+def test_a_run_that_is_stopped_in_its_first_stage_says_so_of_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "stop_on_signals", lambda: None)
+
+    def stopped(stage, out, limit_s):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "_run", stopped)
+    assert gpu.main(["--cpu", "--stages", "gemm", "--out", str(tmp_path)]) == 130
+    assert f"== gemm: not run in 0 s ({stages.STOPPED})" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- kernels in children

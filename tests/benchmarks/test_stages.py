@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import tarfile
 import time
@@ -117,6 +118,7 @@ def test_ctrl_c_ends_the_stage_and_leaves_the_rest(tmp_path):
     outcomes = run(tmp_path, stops, planted(tmp_path, "later", ""))
     assert time.monotonic() - start < 30
     assert [(o.status, o.detail) for o in outcomes] == [("failed", stages.STOPPED), ("not run", stages.STOPPED)]
+    assert outcomes[0].seconds > 0.0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -160,6 +162,23 @@ def test_the_archive_holds_what_stages_write(tmp_path):
         (tmp_path / name).write_text("x")
     with tarfile.open(stages.archive(tmp_path, "gpu")) as tar:
         assert set(tar.getnames()) == {f"gpu/{n}" for n in ("a.jsonl", "gpu.json", "table.md", "s.stderr.txt")}
+    begun = time.time()  # what lies there from another day is of another run
+    os.utime(tmp_path / "table.md", (begun - 1000, begun - 1000))
+    with tarfile.open(stages.archive(tmp_path, "gpu", begun)) as tar:
+        assert set(tar.getnames()) == {f"gpu/{n}" for n in ("a.jsonl", "gpu.json", "s.stderr.txt")}
+
+
+def test_an_archive_that_cannot_be_written_leaves_none_that_looks_like_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text("x")
+    full = f"""
+import pathlib, resource
+from tritium.benchmarks import stages
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+stages.archive(pathlib.Path({str(tmp_path)!r}), "gpu")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", full], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 # --------------------------------------------------------------------------------------------------------------- items
