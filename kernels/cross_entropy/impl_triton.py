@@ -259,7 +259,7 @@ def _launch_forward(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     launch.require_dtype("cross_entropy", logits=logits)
-    check(logits.shape[0], logits.shape[1], targets, vocab_size, label_smoothing, z_loss, softcap)
+    _check_logits(logits, targets, vocab_size, label_smoothing, z_loss, softcap)
     logits = launch.unit_stride(logits)
     N = logits.shape[0]
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
@@ -331,7 +331,7 @@ def _launch_one_pass(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(loss (), dlogits (N, Vp) for an upstream gradient of one)."""
     launch.require_dtype("cross_entropy", logits=logits)
-    check(logits.shape[0], logits.shape[1], targets, vocab_size, label_smoothing, z_loss, softcap)
+    _check_logits(logits, targets, vocab_size, label_smoothing, z_loss, softcap)
     logits = launch.unit_stride(logits)
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -353,6 +353,16 @@ def _launch_scale(dlogits: Tensor, factor: Tensor) -> None:
             _scale_kernel(
                 (min(launch.cdiv(size, tile.BLOCK), most),), _scale_constants(tile), dlogits, factor, size
             )  # fmt: skip
+
+
+def _check_logits(
+    logits: Tensor, targets: Tensor, vocab_size: int, label_smoothing: float, z_loss: float, softcap: float
+) -> None:
+    if logits.dim() != 2:
+        raise ValueError(
+            f"cross_entropy takes logits (N, Vp), they are {tuple(logits.shape)}; flatten batch and time first"
+        )
+    check(logits.shape[0], logits.shape[1], targets, vocab_size, label_smoothing, z_loss, softcap)
 
 
 def check(

@@ -81,7 +81,12 @@ def _launch_backward(dloss: Tensor, dx: Tensor, dweight: Tensor, with_grad: bool
             "linear_cross_entropy was called with with_grad=False (or under no_grad), which promises that no gradient "
             "is asked for, and backward asked for one; call it with with_grad=True"
         )
-    return dx * dloss, dweight * dloss
+    return _scaled(dx, dloss), _scaled(dweight, dloss)
+
+
+def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
+    """The product, in which zeros stay, those of ignored rows and of the padding, though dloss be infinite."""
+    return (gradient * dloss).masked_fill_(gradient == 0, 0.0)
 
 
 def _fake_forward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

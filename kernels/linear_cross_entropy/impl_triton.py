@@ -95,7 +95,7 @@ def _launch_forward(
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
     dx = torch.empty((N, C) if need_dx else 0, dtype=torch.float32, device=x.device)
     dw = torch.empty((Vp, C) if need_dweight else 0, dtype=torch.float32, device=x.device)
-    n = min(chunk or chunk_rows(N, Vp, x.element_size()), max(N, 1))
+    n = min(chunk if chunk > 0 else chunk_rows(N, Vp, x.element_size()), max(N, 1))
     # E in fp16 is kept larger, and dx and dW are until backward
     half = x.dtype == torch.float16
     upstream = torch.full((), boost(vocab_size, z_loss, softcap), device=x.device) if half else None

@@ -125,6 +125,16 @@ def test_cross_entropy_refuses_other_shapes():
         cross_entropy.cross_entropy(random(2, 8), torch.tensor([0]), 8)
     with pytest.raises(ValueError, match="int32"):
         cross_entropy.cross_entropy(random(2, 8), torch.tensor([0, 1], dtype=torch.int32), 8)
+    for reduction in ("none", "sum"):
+        with pytest.raises(ValueError, match=r"takes logits \(N, Vp\), they are \(2, 3, 8\); flatten"):
+            logits = random(2, 3, 8).requires_grad_()
+            cross_entropy.cross_entropy(logits, torch.tensor([0, 1]), 8, reduction=reduction)
+
+
+def test_a_negative_chunk_lets_the_head_choose():
+    x, weight, targets = random(5, 8), random(16, 8, seed=1), torch.arange(5)
+    losses = [linear_cross_entropy.linear_cross_entropy(x, weight, targets, 16, chunk=chunk) for chunk in (0, -1)]
+    assert torch.equal(*losses)
 
 
 def losses_case(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, int]:
