@@ -8,9 +8,9 @@ calls of torch, and attention by the fastest backend that is right here. The ste
 all else; unlike tokens/s it can be compared across machines.
 
 The benchmark fails (exit status 1, the record says why) when something is compiled after the warm-up, when the model is
-not one graph, when a loss is not finite, or when the anatomy does not explain the step. Compilation starts from
-nothing, whatever was compiled before. Any field of the configuration is a flag, as for ``tritium train``. Under
-torchrun the processes train together, each with B rows of its own; the first one reports.
+not one graph, when a loss is not finite, when a kernel breaks its contract, or when the anatomy does not explain the
+step. Compilation starts from nothing, whatever was compiled before. Any field of the configuration is a flag, as for
+``tritium train``. Under torchrun the processes train together, each with B rows of its own; the first one reports.
 """
 
 from __future__ import annotations
@@ -404,12 +404,14 @@ def bench(
     say: Callable[[str], object] = lambda text: None,
     picture: pathlib.Path | None = None,
     world: World | None = None,
+    contract: bool = False,
 ) -> dict[str, Any]:
     """Train for a while and return the record (:data:`SCHEMA`). KernelError when a kernel choice cannot be met,
     BrokenGraph, DataError when the data that is named cannot feed the model.
 
     explain: profile too (:mod:`anatomy`). picture: where to draw that (PNG). world: the processes that train together,
-    each of which calls this; every figure but tokens/s is this process's own.
+    each of which calls this; every figure but tokens/s is this process's own. contract: a check, too, that every
+    backend that trains keeps its op's contract (on a GPU that takes minutes).
     """
     import torch
 
@@ -495,6 +497,8 @@ def bench(
         record.check("finite losses", all(map(math.isfinite, losses)), f"first and last {losses[0]:g}, {losses[-1]:g}"),
         record.check("FLOPs that are done were counted", executed is not None, uncounted),
     ]
+    if contract:
+        checks.append(_contract(described["kernels"], dtype, device))
     if profiled_ms is not None:
         checks += anatomy.checks(rows)
         figures.append(record.figure("profiled step", "ms", "", value=profiled_ms))
@@ -525,6 +529,19 @@ def bench(
         "figures": figures,
         "checks": checks,
     }  # fmt: skip
+
+
+def _contract(table: Sequence[dict[str, Any]], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The check that what trained is right, on its op's small cases: speed is easily had without."""
+    from tritium.benchmarks import kernels
+    from tritium.kernels.ops import OPS
+
+    gate = kernels.Gate(device)
+    trained = sorted({(row["op"], row["backend"]) for row in table if row["phase"] == "train"})
+    for op, backend in trained:
+        gate.admits(OPS[op], OPS[op].load(backend), dtype)
+    told = ", ".join(f"{op}.{backend}" for op, backend in trained if backend != "reference") or "all are references"
+    return record.check("the kernels keep their contract", not gate.red, "; ".join(gate.red)[:2000] or told)
 
 
 def _sum(a: timing.Samples, b: timing.Samples) -> timing.Samples:
@@ -719,7 +736,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command=shlex.join([*(start if world.size > 1 else ["tritium"]), "bench", "train", *argv]),
                 say=lambda text: print(text, file=sys.stderr, flush=True) if world.first else None,
                 picture=folder / f"{stem}.png" if a.anatomy and world.first else None,
-                world=world,
+                world=world, contract=True,
             )  # fmt: skip
     except UsageError as error:
         made.error(str(error))

@@ -159,6 +159,25 @@ def test_an_op_that_torch_cannot_count_gives_no_hfu_and_fails_the_run(planted, q
         assert ("NOT SETTLED" in training.summary(result)) != stable
 
 
+@pytest.mark.parametrize(("factor", "red"), [(1.0, []), (-1.0, ["the kernels keep their contract"])])
+def test_a_kernel_that_breaks_its_contract_fails_the_run(planted, monkeypatch, factor, red):
+    """Its losses are finite and its graph is whole."""
+    norm = ops.layer_norm.load("reference").function
+
+    def layer_norm(x, weight, bias=None, eps=1e-5):
+        return norm(x, weight, bias, eps) * factor
+
+    monkeypatch.setattr(training, "matmul_rate", lambda *args: (1e12, "planted"))
+    monkeypatch.setattr(training, "attention_call", lambda *args: ("sdpa", lambda: None, {}))
+    name = planted("layer_norm", layer_norm)
+    chosen = {"default": "reference", "layer_norm": name}
+    result = training.bench(CONFIG.replace(kernels=chosen), 16, 2, rounds=2, contract=True)
+    assert failed(result) == red
+    (check,) = [check for check in result["checks"] if check["name"] == "the kernels keep their contract"]
+    assert f"layer_norm.{name}" in check["detail"]
+    assert ("max error" in check["detail"]) == bool(red)
+
+
 def test_the_step_is_held_to_its_products_and_attention_of_the_same_run(quick, monkeypatch):
     """Times as planted: a step of 12 ms beside products of 6 and attention of 2 is 1.5 times what it needs."""
 
