@@ -427,8 +427,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         flags = [flag for action in made._actions for flag in action.option_strings]
         made.error(f"there is no flag {unknown[0]!r}; the nearest are {nearest(unknown[0], flags)}")
+    if a.device == "cuda" and not torch.cuda.is_available():
+        made.error("--device cuda: torch finds no GPU here, so there is nothing to time; use --device cpu")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if a.device == "auto" else a.device
     dtypes = a.dtypes.split(",") if a.dtypes else ["bf16" if device == "cuda" else "fp32"]
+    dtypes, a.ops = list(dict.fromkeys(dtypes)), list(dict.fromkeys(a.ops))
     _check(made, a, dtypes)
     say = sys.stderr if a.json else sys.stdout
     backends = [name for name in a.backends.split(",") if name]

@@ -301,9 +301,14 @@ def write(record: dict[str, Any], schema: Schema, path: pathlib.Path) -> str:
     """Check a record and write it whole or not at all; RecordError lists every problem. Returns which one it replaced,
     to be said after the path, or ""."""
     found = problems(record, {**COMMON, **schema}) or contradictions(record["figures"])
-    if found:
-        raise RecordError(f"{path.name} was not written, its record does not fit the schema:\n  " + "\n  ".join(found))
     path.parent.mkdir(parents=True, exist_ok=True)
+    if found:
+        kept = path.with_suffix(".rejected")  # not .json, since it is no record
+        kept.write_text(json.dumps(record, indent=1, default=str) + "\n")
+        raise RecordError(
+            f"{path.name} was not written, its record does not fit the schema; what was measured is in {kept}:\n  "
+            + "\n  ".join(found)
+        )
     replaced = _replaced(path)
     temporary = path.with_suffix(".tmp")
     try:

@@ -461,7 +461,14 @@ def save(result: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
     name = re.sub(r"\W+", "_", settings["preset"])
     path = folder / f"throughput_{name}_T{settings['T']}_B{settings['B']}.json"
     record.write(result, SCHEMA, path)
-    tables = [table(record.read(p)) for p in sorted(folder.glob("throughput_*.json"))]
+    tables = []
+    for other in sorted(folder.glob("throughput_*.json")):
+        try:
+            tables.append(table(record.read(other)))
+        except (record.RecordError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            if other == path:
+                raise
+            _say(f"{other} is left out of throughput.md, it is damaged: {type(error).__name__}: {error}")
     (folder / "throughput.md").write_text("\n\n".join(tables) + "\n")
     return path
 
@@ -539,6 +546,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.error(f"there is no flag {unknown[0]!r}; the nearest are {nearest(unknown[0], flags)}")
     _check(made, a)
     device = a.device
+    if device == "cuda" and not torch.cuda.is_available():
+        made.error("--device cuda: torch finds no GPU here, so there is nothing to time; use --device cpu")
+    if a.out is not None and (why := record.unwritable(a.out / "record.json")):
+        made.error(f"--out: {why}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     names = a.presets or list(SHAPES[device])

@@ -103,6 +103,23 @@ def test_an_out_that_cannot_be_written_is_said_before_anything_is_timed(monkeypa
     assert said in capsys.readouterr().err
 
 
+def test_what_is_named_twice_is_timed_once(tmp_path, capsys):
+    path = tmp_path / "record.json"
+    words = ["gelu", "gelu", "--dtypes", "fp32,fp32", "--backends", "reference", "--cases", "odd", "--rounds", "2"]
+    assert kernels.main([*words, "--device", "cpu", "--out", str(path)]) == 0
+    assert [f["name"] for f in record.read(path)["figures"]] == [
+        "gelu.reference odd fp32 forward", "gelu.reference odd fp32 forward+backward", "copy fp32", "matmul fp32",
+    ]  # fmt: skip
+
+
+def test_a_gpu_that_is_not_there_is_a_wrong_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as raised:
+        kernels.main(["gelu", "--device", "cuda"])
+    assert raised.value.code == 2
+    assert "torch finds no GPU here" in capsys.readouterr().err
+
+
 def test_rates_are_the_ideal_work_over_the_measured_time(monkeypatch):
     monkeypatch.setattr(OP, "backends", lambda: ["reference", "planted"])
     monkeypatch.setitem(OP._loaded, "planted", planted(1.0))

@@ -160,8 +160,11 @@ def test_a_record_whose_common_fields_do_not_fit_is_not_read(tmp_path, changes, 
 def test_a_record_that_contradicts_itself_is_not_written(tmp_path):
     result = record.begin("test", "tritium bench", "cpu") | GOOD
     result["figures"] = [record.figure("step", "ms", "lower", [1.0]) for _ in range(2)]
-    with pytest.raises(record.RecordError, match="second with the name 'step'"):
+    with pytest.raises(record.RecordError, match="second with the name 'step'") as raised:
         record.write(result, SCHEMA, tmp_path / "a.json")
+    assert not (tmp_path / "a.json").exists()
+    assert str(tmp_path / "a.rejected") in str(raised.value)  # hours of measuring are not thrown away
+    assert json.loads((tmp_path / "a.rejected").read_text()) == result
 
 
 def test_a_record_that_takes_anothers_place_says_so(tmp_path):

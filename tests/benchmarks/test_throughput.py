@@ -32,7 +32,9 @@ def run(tmp_path, *more):
 
 
 def test_a_comparison_leaves_a_record_and_a_table(tmp_path, capsys):
+    (tmp_path / "throughput_damaged.json").write_text("{")  # costs the table its own lines
     assert run(tmp_path, "--screening-steps", "0") == 0
+    (tmp_path / "throughput_damaged.json").unlink()
     result = json.loads((tmp_path / "throughput_few_T16_B2.json").read_text())
     assert result["command"].startswith("tritium bench peers few --T 16")
     (ours, mine), (theirs, other) = result["arms"].items()
@@ -58,7 +60,8 @@ def test_a_comparison_leaves_a_record_and_a_table(tmp_path, capsys):
     assert mine["settings"]["precision"] == "fp32" and mine["settings"]["lr"] == "0.0006"
     assert mine["losses_fp32"] == []  # they train in it
     assert result["sources"].keys() == {f"{row['op']}.{row['backend']}" for row in result["kernels"]}
-    table, shown = (tmp_path / "throughput.md").read_text(), capsys.readouterr().out
+    table, (shown, said) = (tmp_path / "throughput.md").read_text(), capsys.readouterr()
+    assert "throughput_damaged.json is left out of throughput.md" in said
     assert table.strip() in shown
     assert f"| **{ours}** |" in table
     assert "lower bound is" in shown
@@ -245,9 +248,12 @@ def test_kernels_that_cannot_be_had_end_it_with_the_reason(tmp_path, monkeypatch
         (["few", "--seed", "9223372036854775808"], "it is 9223372036854775808"),
         (["few", "--peers", "litgtp"], "no peer 'litgtp'; the nearest are litgpt, "),
         (["few", "--rounds", "1"], "at least 2"),
+        (["few", "--device", "cuda"], "torch finds no GPU here"),
+        (["few", "--out", __file__], "cannot hold a record"),
     ],
 )
-def test_a_wrong_command_line_says_what_there_is(arguments, said, capsys):
+def test_a_wrong_command_line_says_what_there_is(arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr(throughput.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as raised:
         throughput.main(arguments)
     assert raised.value.code == 2
