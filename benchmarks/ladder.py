@@ -29,6 +29,7 @@ from tritium.engine import presets
 from tritium.engine.config import Config, TrainConfig
 from tritium.engine.metrics import flops_per_token
 from tritium.kernels.op import nearest
+from tritium.kernels.ops import OPS
 
 SIZES = ("gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m")
 DEFAULT = {"cuda": SIZES, "cpu": ("tiny", "gpt2_124m")}
@@ -385,6 +386,9 @@ def _check(made: argparse.ArgumentParser, a: argparse.Namespace) -> tuple[list[s
     columns = _names(made, a.columns, list(COLUMNS), "column")
     if not columns:
         made.error(f"--columns names no column; columns: {', '.join(COLUMNS)}")
+    backends = sorted({"auto", *(name for op in OPS.values() for name in op.backends())})
+    if a.kernels and "." not in a.kernels:  # or a module of the user's
+        _names(made, a.kernels, backends, "backend")
     for field, least, why in (("rounds", 2, ", or there is no interval"), ("T", 1, ""), ("B", 1, "")):
         value = getattr(a, field)
         if value is not None and value < least:

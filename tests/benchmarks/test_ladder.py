@@ -171,6 +171,7 @@ def test_wrong_words_end_with_the_nearest(capsys):
         (["--columns", "egaer"], "there is no column 'egaer'; the nearest are eager"),
         (["--rounds", "1"], "--rounds must be at least 2"), (["--B", "0"], "--B must be at least 1"),
         (["--colums", "eager"], "there is no flag '--colums'; the nearest are --columns"),
+        (["--kernels", "tritn"], "there is no backend 'tritn'; the nearest are triton"),
         (["--columns", ","], "--columns names no column"), (["--seed", "-1"], "--seed must be from 0"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as raised:
