@@ -711,6 +711,26 @@ def ablate(request: Request) -> dict[str, Any]:
     return run.record()
 
 
+class _Broke(Exception):
+    """An arm raised ``error``."""
+
+    def __init__(self, name: str, error: Exception):
+        super().__init__(name)
+        self.name, self.error = name, error
+
+
+def _told_apart(name: str, step: Callable[[], float]) -> Callable[[], float]:
+    """``step``, with what it raises as the arm's _Broke."""
+
+    def run() -> float:
+        try:
+            return step()
+        except Exception as error:  # a backend of the user's may fail in any way
+            raise _Broke(name, error) from error
+
+    return run
+
+
 class _Run:
     """An ablation under way."""
 
@@ -731,6 +751,7 @@ class _Run:
         self.samples: list[dict[str, timing.Samples]] = []  # of each group
         self.trained: dict[str, list[curves.Curve]] = {}
         self.trained_beside: dict[str, list[curves.Curve]] = {}
+        self.lost: dict[str, str] = {}  # arm → why it was not trained to the end
         self.twins: list[timing.Interval] = []
         self.groups = 0
         self.recompiled = 0
@@ -876,16 +897,20 @@ class _Run:
 
         r = self.request
         runs = dict(arms) | ({"": twin} if twin is not None else {})
-        for arm in runs.values():
-            arm.lr.fill_(arm.config.optim.lr)
-            arm.turn = itertools.cycle(self.batches)
-            timing.warm_up(arm.step_ms, limit_runs=20)
-        before = Compiled.now()
-        samples = timing.interleave(
-            {name: arm.step_ms for name, arm in runs.items()},
-            r.rounds,
-            lambda done: r.say(f"round {done} of {r.rounds}"),
-        )
+        steps = {name: _told_apart(name, arm.step_ms) for name, arm in runs.items()}
+        while True:
+            try:
+                for name, arm in runs.items():
+                    arm.lr.fill_(arm.config.optim.lr)
+                    arm.turn = itertools.cycle(self.batches)
+                    timing.warm_up(steps[name], limit_runs=20)
+                before = Compiled.now()
+                samples = timing.interleave(
+                    {name: steps[name] for name in runs}, r.rounds, lambda done: r.say(f"round {done} of {r.rounds}")
+                )
+                break
+            except _Broke as broke:  # the others are timed without it
+                self.drop(broke, runs)
         self.recompiled += Compiled.now().graphs - before.graphs
         baseline = samples[r.arms[0].name]
         if twin is not None:
@@ -910,6 +935,17 @@ class _Run:
                 "compile_s": max(0.0, row["first_step_s"] - 2 * step_s),
             }
 
+    def drop(self, broke: _Broke, runs: dict[str, Arm]) -> None:
+        """Take an arm out of ``runs``; NothingToCompare where the others are compared with it."""
+        name, first = broke.name, self.request.arms[0].name
+        reason = f"while it was timed: {type(broke.error).__name__}: {(str(broke.error).splitlines() or [''])[0]}"
+        if name in ("", first):
+            who = f"the baseline ({first})" if name else "the baseline's twin"
+            raise NothingToCompare(f"{who} is failed: {reason}") from broke.error
+        self.rows[name] |= {"status": "failed", "reason": reason}
+        self.request.say(f"{name}: failed: {reason}")
+        del runs[name]
+
     def tokens_per_s(self, samples: timing.Samples) -> list[float]:
         """Of each round."""
         return [2e3 * self.request.B * self.request.T / sum(pair) for pair in samples.rounds]
@@ -920,7 +956,7 @@ class _Run:
         kept = {name: arm for name, arm in arms.items() if self.rows[name]["status"] == "ok"}
         found = curves.train(
             kept, r.data, range(r.seed, r.seed + r.seeds), r.steps, r.eval_every,
-            lambda name, step: learning_rate(step, r.steps, kept[name].config.optim), r.say,
+            lambda name, step: learning_rate(step, r.steps, kept[name].config.optim), r.say, self.lost,
         )  # fmt: skip
         first = r.arms[0].name
         for name, trained in found.items():
@@ -946,6 +982,7 @@ class _Run:
         twin = max(self.twins, key=lambda t: abs(math.log(t.median)), default=None)
         checks = [record.check(f"{row['name']} {ablate_results.RIGHT}", row["status"] == "ok", row["reason"])
                   for row in rows if row["status"] in ("ok", "red", "failed")]  # fmt: skip
+        checks += [record.check(f"{name} trains to the end", False, why) for name, why in self.lost.items()]
         checks.append(record.check("nothing compiled while timing", self.recompiled == 0, f"{self.recompiled} frames"))
         if twin is not None:
             ok = all(t.low <= 1.0 <= t.high for t in self.twins)
@@ -1087,10 +1124,10 @@ def _check(made: argparse.ArgumentParser, a: argparse.Namespace, fields: Sequenc
         flag = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
         if word.startswith("-") and flag not in known and not _number(word):
             made.error(f"there is no flag {word!r}; the nearest are {nearest(word, [*own, *sorted(known)])}")
-    if (word := _after_the_flags(fields)) is not None:
+    if (late := _after_the_flags(fields)) is not None:
         made.error(
-            f"{word!r} comes after the flags; axes and ops come before them: tritium ablate {a.preset} "
-            f"{' '.join([*a.axes, word])} --mode {a.mode} ..."
+            f"{late!r} comes after the flags; axes and ops come before them: tritium ablate {a.preset} "
+            f"{' '.join([*a.axes, late])} --mode {a.mode} ..."
         )
     for flag, on in (("--no-gate", a.gate), ("--no-twin", a.twin)):
         if a.write_tuning and not on:

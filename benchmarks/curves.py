@@ -78,6 +78,10 @@ class Curve:
         return next((i for i, loss in enumerate(self.val_loss) if loss <= target), None)
 
 
+class Lost(Exception):
+    """An arm cannot go on; the message says why."""
+
+
 def train(
     arms: Mapping[str, Learner],
     data: Data,
@@ -86,36 +90,66 @@ def train(
     every: int,
     rate: Callable[[str, int], float],
     say: Callable[[str], object] = lambda text: None,
+    lost: dict[str, str] | None = None,
 ) -> dict[str, list[Curve]]:
     """Train every arm from every seed for ``steps`` steps, evaluating before the first, every ``every`` and at the end.
 
-    rate(arm, step): the learning rate of a step.
+    rate(arm, step): the learning rate of a step. An arm that breaks or diverges is left out from there on and of the
+    result, and ``lost`` says why; without the first, the baseline, there is no result.
     """
     found: dict[str, list[Curve]] = {name: [] for name in arms}
     names = list(arms)
+    lost = {} if lost is None else lost
+    first = names[0]
+
+    def each(order: Sequence[str], do: Callable[[str], None], seed: int, step: int) -> None:
+        for name in order:
+            try:
+                do(name)
+            except Exception as error:  # whatever a backend of the user's may raise
+                said = (str(error).splitlines() or [""])[0]
+                what = said if isinstance(error, Lost) else f"{type(error).__name__}: {said}"
+                lost[name] = f"{what}, from seed {seed} at step {step}"
+                say(f"{name}: {lost[name]}; it is left out")
+                names.remove(name)
+                del found[name]
+                if name == first:
+                    break
+
+    def evaluate(name: str) -> None:
+        curve = found[name][-1]
+        loss = arms[name].evaluate(data)
+        if not math.isfinite(loss):
+            raise Lost(f"a validation loss of {loss}")
+        curve.steps.append(step)
+        curve.train_s.append(seconds[name])
+        curve.val_loss.append(loss)
+
+    def begin(name: str) -> None:
+        arms[name].restart(seed)
+        found[name].append(Curve(seed))
+
+    def learn(name: str) -> None:
+        seconds[name] += arms[name].train(batch, rate(name, step))
+
     for seed in seeds:
-        seconds = dict.fromkeys(names, 0.0)
-        for name in names:
-            arms[name].restart(seed)
-            found[name].append(Curve(seed))
+        seconds, step = dict.fromkeys(names, 0.0), 0
+        each(list(names), begin, seed, 0)
         batches = data.batches(seed)
         for step in range(steps + 1):
+            if first in lost:
+                return {}
             if step % every == 0 or step == steps:
-                for name in names:
-                    curve = found[name][-1]
-                    curve.steps.append(step)
-                    curve.train_s.append(seconds[name])
-                    curve.val_loss.append(arms[name].evaluate(data))
+                each(list(names), evaluate, seed, step)
                 losses = ", ".join(f"{name} {found[name][-1].final:.4f}" for name in names)
                 say(f"seed {seed}, step {step} of {steps}: validation loss {losses}")
-            if step < steps:
+            if step < steps and names:
                 batch, turn = next(batches), step // 2 % len(names)
                 order = names[turn:] + names[:turn]
-                for name in order if step % 2 == 0 else reversed(order):
-                    seconds[name] += arms[name].train(batch, rate(name, step))
+                each(order if step % 2 == 0 else order[::-1], learn, seed, step)
         if (close := getattr(batches, "close", None)) is not None:
             close()
-    return found
+    return {} if first in lost else found
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics

@@ -659,6 +659,59 @@ def test_arms_of_a_seed_see_the_same_batches_and_turns_are_taken():
     assert curve.reached(-9.0) is None
 
 
+class Breaks:
+    """gelu, and from the call number ``at`` on something else."""
+
+    def __init__(self, at, then):
+        self.calls, self.at, self.then = 0, at, then
+
+    def __call__(self, x, approximate="tanh"):
+        self.calls += 1
+        return ops.OPS["gelu"].reference(x, approximate) if self.calls < self.at else self.then(x)
+
+
+def breaks(x):
+    raise RuntimeError("an illegal access")
+
+
+def test_an_arm_that_diverges_or_breaks_in_training_costs_itself(tmp_path, plant, capsys):
+    nan, broken = plant("gelu", Breaks(60, lambda x: x * math.nan)), plant("gelu", Breaks(60, breaks))
+    words = [*SMALL, "--no-gate", "--no-twin", "--steps", "14", "--seeds", "3", "--data", "markov"]
+    status, result = run(tmp_path, f"gelu=reference,{nan},{broken}", "optim.lr=1e-2,1e-3", *words)
+    rows = by_name(result)
+    assert status == 1
+    assert {name for name, row in rows.items() if row["training"]} == {"gelu=reference optim.lr=1e-2", "optim.lr=1e-3"}
+    assert all(row["speed"] for row in rows.values())
+    red = {check["name"]: check["detail"] for check in result["checks"] if not check["ok"]}
+    assert red.keys() == {f"gelu={nan} trains to the end", f"gelu={broken} trains to the end"}
+    assert "a validation loss of nan, from seed" in red[f"gelu={nan} trains to the end"]
+    assert "RuntimeError: an illegal access, from seed" in red[f"gelu={broken} trains to the end"]
+    assert "FAILED: gelu=" in capsys.readouterr().out
+
+
+def test_without_the_baselines_curves_none_are_compared(tmp_path, plant):
+    nan = plant("gelu", Breaks(60, lambda x: x * math.nan))
+    words = [*SMALL, "--no-gate", "--no-twin", "--steps", "14", "--seeds", "3", "--data", "markov"]
+    status, result = run(tmp_path, f"gelu={nan},reference", *words)
+    assert status == 1
+    assert all(row["speed"] and not row["training"] for row in result["arms"])
+    (red,) = (check for check in result["checks"] if not check["ok"])
+    assert red["name"] == f"gelu={nan} trains to the end"
+
+
+def test_an_arm_that_breaks_while_it_is_timed_costs_itself(tmp_path, plant, capsys):
+    broken = plant("gelu", Breaks(12, breaks))
+    status, result = run(tmp_path, f"gelu=reference,{broken}", "optim.lr=1e-2,1e-3", *SMALL, "--no-gate", "--no-twin")
+    rows = by_name(result)
+    assert status == 1
+    assert (rows[f"gelu={broken}"]["status"], rows[f"gelu={broken}"]["speed"]) == ("failed", None)
+    assert "while it was timed: RuntimeError: an illegal access" in rows[f"gelu={broken}"]["reason"]
+    assert rows["optim.lr=1e-3"]["speed"]
+    assert run(tmp_path / "first", f"gelu={plant('gelu', Breaks(12, breaks))},reference", *SMALL, "--no-gate",
+               "--no-twin") == (1, None)  # fmt: skip
+    assert "the baseline (gelu=planted.gelu_1) is failed: while it was timed" in capsys.readouterr().err
+
+
 def test_training_starts_from_the_weights_that_tritium_train_starts_from():
     from tritium.engine import train
 
