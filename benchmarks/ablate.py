@@ -53,6 +53,7 @@ LOSS_STEPS = 3
 FLOORS = {"fp32": (1e-4, 5e-3, 1e-3, 1e-3), "bf16": (2e-3, 5e-3, 2e-2, 5e-3)}
 FACTOR = 2.0
 FILL = 0.8  # of the free memory, that arms may take together
+WENT_TO_ITS_END, STOPPED = "the run went to its end", "stopped by Ctrl-C"
 TWIN_LEVEL = 0.99  # of the twin's interval: one quiet machine in a hundred is called noisy
 
 FIXED = {  # sections and fields that are no axis, and why
@@ -79,7 +80,7 @@ MAYBE = (*record.NUMBER, type(None))
 ARM: record.Schema = {
     "name": str,
     "settings": {str: str},  # axis → value
-    "status": str,  # "ok", "red" (wrong), "unavailable" (cannot be had here) or "failed" (broke)
+    "status": str,  # "ok", "red" (wrong), "unavailable" (cannot be had here), "failed" (broke) or "not run"
     "reason": str,  # of a status that is not ok
     "group": (int, type(None)),  # arms of one group were timed in the same rounds
     "precision": (str, type(None)), "compiled": (bool, type(None)),
@@ -700,14 +701,20 @@ class Request:
 
 def ablate(request: Request) -> dict[str, Any]:
     """Build, check, time and train the arms; returns the record (:data:`SCHEMA`). NothingToCompare where the baseline
-    cannot be timed."""
+    cannot be timed. After Ctrl-C, a record of what was measured, with a red check; KeyboardInterrupt where that is
+    nothing."""
     from tritium.engine import allocator
 
     run = _Run(request)
     with allocator.freed_memory_kept(request.device == "cpu"), _room_to_compile(len(request.arms)):
         pending = list(request.arms[1:])
-        while pending or not run.groups:
-            pending = run.group(pending)
+        try:
+            while pending or not run.groups:
+                pending = run.group(pending)
+        except KeyboardInterrupt:
+            if not run.samples:  # nothing was measured
+                raise
+            run.stop()
     return run.record()
 
 
@@ -751,6 +758,8 @@ class _Run:
         self.samples: list[dict[str, timing.Samples]] = []  # of each group
         self.trained: dict[str, list[curves.Curve]] = {}
         self.trained_beside: dict[str, list[curves.Curve]] = {}
+        self.first_row: dict[str, Any] = {}  # the baseline's, of the first group
+        self.stopped = False
         self.lost: dict[str, str] = {}  # arm → why it was not trained to the end
         self.twins: list[timing.Interval] = []
         self.groups = 0
@@ -857,6 +866,8 @@ class _Run:
         r = self.request
         first = r.arms[0]
         again = dict(self.rows[first.name])
+        if self.groups:
+            self.first_row = again
         baseline = self.admit(first)
         if baseline is None:
             row = self.rows[first.name]
@@ -886,6 +897,14 @@ class _Run:
         del baseline, twin, arms
         _release()
         return pending
+
+    def stop(self) -> None:
+        """After Ctrl-C: what the group under way has begun to write is taken back."""
+        first = self.request.arms[0].name
+        if self.first_row:
+            self.rows[first] = self.first_row
+        self.rows = {choice.name: self.rows[choice.name] for choice in self.request.arms}
+        self.stopped = True
 
     def room(self, row: Mapping[str, Any]) -> int:
         """How many more arms like ``row``'s the memory holds, with room left for one step's own."""
@@ -954,16 +973,29 @@ class _Run:
         r = self.request
         assert r.data is not None
         kept = {name: arm for name, arm in arms.items() if self.rows[name]["status"] == "ok"}
-        found = curves.train(
-            kept, r.data, range(r.seed, r.seed + r.seeds), r.steps, r.eval_every,
-            lambda name, step: learning_rate(step, r.steps, kept[name].config.optim), r.say, self.lost,
-        )  # fmt: skip
+        stopped = None
+        try:
+            found = self.curves(kept)
+        except curves.Stopped as error:
+            stopped, found = error, error.found
+            if any(len(trained) < 2 for trained in found.values()):  # nothing to pair
+                raise
         first = r.arms[0].name
         for name, trained in found.items():
             if name != first:
                 self.trained[name], self.trained_beside[name] = trained, found[first]
             elif first not in self.trained:
                 self.trained[name] = trained
+        if stopped is not None:
+            raise stopped
+
+    def curves(self, kept: Mapping[str, Arm]) -> dict[str, list[curves.Curve]]:
+        r = self.request
+        assert r.data is not None
+        return curves.train(
+            kept, r.data, range(r.seed, r.seed + r.seeds), r.steps, r.eval_every,
+            lambda name, step: learning_rate(step, r.steps, kept[name].config.optim), r.say, self.lost,
+        )  # fmt: skip
 
     # the record -------------------------------------------------------------------------------------------------------
 
@@ -974,6 +1006,8 @@ class _Run:
             (math.exp(max(abs(math.log(t.low)), abs(math.log(t.high)))) - 1 for t in self.twins), default=0.0
         )
         for row in rows:
+            if not row["status"] or (self.stopped and row["status"] == "ok" and row["speed"] is None):
+                row |= {"status": "not run", "reason": STOPPED}
             row["verdict"] = "baseline" if row["name"] == first else verdict(row["ratio"], resolution)
         if self.trained:
             told = curves.compare(self.trained, self.trained_beside, r.B * r.T, r.target_loss)
@@ -982,6 +1016,8 @@ class _Run:
         twin = max(self.twins, key=lambda t: abs(math.log(t.median)), default=None)
         checks = [record.check(f"{row['name']} {ablate_results.RIGHT}", row["status"] == "ok", row["reason"])
                   for row in rows if row["status"] in ("ok", "red", "failed")]  # fmt: skip
+        if self.stopped:
+            checks.append(record.check(WENT_TO_ITS_END, False, STOPPED))
         checks += [record.check(f"{name} trains to the end", False, why) for name, why in self.lost.items()]
         checks.append(record.check("nothing compiled while timing", self.recompiled == 0, f"{self.recompiled} frames"))
         if twin is not None:
@@ -992,7 +1028,8 @@ class _Run:
         return self.result | {
             "settings": {
                 "T": r.T, "B": r.B, "rounds": r.rounds, "seed": r.seed, "mode": r.mode, "gate": r.gate,
-                "axes": {axis.name: list(axis.values) for axis in r.axes}, "steps": r.steps, "seeds": r.seeds,
+                "axes": {axis.name: list(axis.values) for axis in r.axes}, "steps": r.steps,
+                "seeds": min(map(len, self.trained.values()), default=r.seeds),
                 "eval_every": r.eval_every, "target_loss": r.target_loss, "data": data,
                 "config": json.loads(r.base.to_json()),
             },
@@ -1280,7 +1317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (RuntimeError, OSError) as error:
             _say(f"--write-tuning: {op}: {error}")
             status = 1
-    return status
+    stopped = any(check["name"] == WENT_TO_ITS_END for check in result["checks"])
+    return 130 if stopped else status
 
 
 if __name__ == "__main__":

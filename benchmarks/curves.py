@@ -78,6 +78,14 @@ class Curve:
         return next((i for i, loss in enumerate(self.val_loss) if loss <= target), None)
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, with the curves of the seeds that every arm has finished."""
+
+    def __init__(self, found: dict[str, list[Curve]]):
+        super().__init__()
+        self.found = found
+
+
 class Lost(Exception):
     """An arm cannot go on; the message says why."""
 
@@ -95,7 +103,7 @@ def train(
     """Train every arm from every seed for ``steps`` steps, evaluating before the first, every ``every`` and at the end.
 
     rate(arm, step): the learning rate of a step. An arm that breaks or diverges is left out from there on and of the
-    result, and ``lost`` says why; without the first, the baseline, there is no result.
+    result, and ``lost`` says why; without the first, the baseline, there is no result. Stopped on Ctrl-C.
     """
     found: dict[str, list[Curve]] = {name: [] for name in arms}
     names = list(arms)
@@ -132,23 +140,28 @@ def train(
     def learn(name: str) -> None:
         seconds[name] += arms[name].train(batch, rate(name, step))
 
-    for seed in seeds:
-        seconds, step = dict.fromkeys(names, 0.0), 0
-        each(list(names), begin, seed, 0)
-        batches = data.batches(seed)
-        for step in range(steps + 1):
-            if first in lost:
-                return {}
-            if step % every == 0 or step == steps:
-                each(list(names), evaluate, seed, step)
-                losses = ", ".join(f"{name} {found[name][-1].final:.4f}" for name in names)
-                say(f"seed {seed}, step {step} of {steps}: validation loss {losses}")
-            if step < steps and names:
-                batch, turn = next(batches), step // 2 % len(names)
-                order = names[turn:] + names[:turn]
-                each(order if step % 2 == 0 else order[::-1], learn, seed, step)
-        if (close := getattr(batches, "close", None)) is not None:
-            close()
+    finished = 0
+    try:
+        for seed in seeds:
+            seconds, step = dict.fromkeys(names, 0.0), 0
+            each(list(names), begin, seed, 0)
+            batches = data.batches(seed)
+            for step in range(steps + 1):
+                if first in lost:
+                    return {}
+                if step % every == 0 or step == steps:
+                    each(list(names), evaluate, seed, step)
+                    losses = ", ".join(f"{name} {found[name][-1].final:.4f}" for name in names)
+                    say(f"seed {seed}, step {step} of {steps}: validation loss {losses}")
+                if step < steps and names:
+                    batch, turn = next(batches), step // 2 % len(names)
+                    order = names[turn:] + names[:turn]
+                    each(order if step % 2 == 0 else order[::-1], learn, seed, step)
+            if (close := getattr(batches, "close", None)) is not None:
+                close()
+            finished += 1
+    except KeyboardInterrupt:
+        raise Stopped({name: done[:finished] for name, done in found.items()}) from None
     return {} if first in lost else found
 
 

@@ -699,6 +699,43 @@ def test_without_the_baselines_curves_none_are_compared(tmp_path, plant):
     assert red["name"] == f"gelu={nan} trains to the end"
 
 
+def interrupts(x):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch, plant, capsys):
+    """The seeds that were finished in training, where there are two; arms that were not begun are said."""
+    monkeypatch.setattr(timing, "warm_up", lambda arm, **more: None)  # so that calls can be counted
+    stops = plant("gelu", Breaks(90, interrupts))
+    words = [*SMALL, "--no-gate", "--no-twin", "--steps", "14", "--seeds", "9", "--data", "markov", "--together", "1"]
+    status, result = run(tmp_path, f"gelu=reference,{stops}", "optim.lr=1e-2,1e-3", *words)
+    assert status == 130
+    rows = by_name(result)
+    assert rows[f"gelu={stops}"]["speed"]
+    seeds = [curve["seed"] for curve in rows[f"gelu={stops}"]["training"]["curves"]]
+    assert seeds == list(range(len(seeds))) and 2 <= len(seeds) < 9
+    assert (rows["optim.lr=1e-3"]["status"], rows["optim.lr=1e-3"]["reason"]) == ("not run", "stopped by Ctrl-C")
+    said = capsys.readouterr().out
+    assert "FAILED: the run went to its end: stopped by Ctrl-C" in said
+    assert f"from each of {len(seeds)} seeds" in said
+    admit, admitted = ablate._Run.admit, []
+
+    def until_the_second_twin(self, choice):
+        admitted.append(choice.name)
+        return admit(self, choice) if len(admitted) < 5 else interrupts(choice)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate._Run, "admit", until_the_second_twin)
+        axes = ["optim.lr=1e-2,1e-3,1e-4", "--together", "1"]
+        status, result = run(tmp_path / "second", *axes, *SMALL, "--no-gate")
+    assert (status, [row["status"] for row in result["arms"]]) == (130, ["ok", "ok", "not run"])
+    assert [bool(row["speed"]) for row in result["arms"]] == [True, True, False]
+    monkeypatch.setattr(timing, "interleave", lambda *a: interrupts(a))
+    with pytest.raises(KeyboardInterrupt):  # nothing is there to be written
+        run(tmp_path / "early", "gelu=reference,auto", *SMALL, "--no-gate", "--no-twin")
+    assert list((tmp_path / "early").glob("*.json")) == []
+
+
 def test_an_arm_that_breaks_while_it_is_timed_costs_itself(tmp_path, plant, capsys):
     broken = plant("gelu", Breaks(12, breaks))
     status, result = run(tmp_path, f"gelu=reference,{broken}", "optim.lr=1e-2,1e-3", *SMALL, "--no-gate", "--no-twin")
