@@ -10,6 +10,7 @@ mean square (rms). The constants are FACTOR and FLOORS; docs/numerics.md explain
     leaves its arguments and the upstream gradients as they were (an update op: all but what it is there to update),
     takes any strides, and upstream gradients that are expanded or strided,
     reads no memory that it did not write: allocations are filled with NaN,
+    writes within what it allocates (where a watcher is given),
     gives gradients for any subset of its inputs, and works without grad,
     returns and saves memory of its own: another call between forward and backward changes nothing,
     repeats bit for bit when its module says ``DETERMINISTIC = True``,
@@ -37,6 +38,7 @@ from torch.utils import deterministic as _memory
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tritium.kernels import autograd
 from tritium.kernels.case import Case
 from tritium.kernels.op import Backend, Op
 from tritium.kernels.site import Machine, Site
@@ -189,6 +191,7 @@ def check(
     reason = loaded.unsupported(site)
     if reason is not None:
         return report(False, reason, refused=True)
+    fenced = watch is not None
     if watch is not None and device.type == "cpu" and loaded.unsupported(site.replace(machine=GPU)) is not None:
         watch = None  # it is for CPUs alone, whose tensors the host may read
     errors: list[Compared] = []
@@ -197,6 +200,8 @@ def check(
             if op.updates:
                 _check_update(op, loaded, case, dtype, device, compiled, seed, errors, watch)
             else:
+                if fenced:  # before the runs whose memory, without fences, is others'
+                    _check_fences(op, loaded, case, dtype, device, seed, train=phase == "train")
                 _check_function(op, loaded, case, dtype, device, compiled, seed, phase, variants, errors, watch)
     except _Broken as broken:
         return report(False, "; ".join([str(broken), *(str(e) for e in errors if not e.ok)]), errors)
@@ -324,6 +329,8 @@ def _check_function(
             grads = [_strided(g, i + seed + 1) for i, g in enumerate(upstream)]
             # a model's next layer, whose call comes before this one's backward; here, to spare a run of its own
             other = op.cases.inputs(case, dtype, device, seed + 1)
+            if not train:
+                other = {n: v.detach() if isinstance(v, Tensor) else v for n, v in other.items()}
             before = len(errors)
             try:
                 between = _run(call, layout, grads, train, unchanged=True, between=partial(call, **other))
@@ -363,13 +370,73 @@ def _check_function(
         _run(_prepared(backend, backend.function), layout, grads, train, around=_TrueFakes)
 
 
+def _check_fences(
+    op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: torch.device, seed: int, train: bool
+) -> None:
+    arguments = op.cases.inputs(case, dtype, device, seed)
+    if not train:
+        arguments = {n: v.detach() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    upstream = _upstream(_run(op.reference, arguments, None, train).outputs, seed)
+    fences = _Fences()
+    # what is raised here is raised in the runs without fences too; or the backend compiles itself, and torch compiles
+    # nothing under a dispatch mode, which Dynamo then remembers of that code
+    with contextlib.suppress(Exception):
+        _run(_prepared(backend, backend.function), arguments, upstream, train, around=lambda: fences)
+    torch._dynamo.reset()
+    fences.look()
+
+
+class _Fences(TorchDispatchMode):
+    """Puts a fence before and after the memory of every tensor that is allocated uninitialised."""
+
+    BYTES = 4096  # a multiple of what any allocator aligns to, and some rows
+    MARK = 0xFF  # of every float dtype this is NaN: who reads beyond his own is likely to show it
+    supports_higher_order_operators = True  # they run as they are
+    ALLOCATE = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[tuple[str, Tensor]] = []
+
+    def __enter__(self) -> _Fences:
+        autograd.watching += 1  # what runs without this mode runs with it
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        autograd.watching -= 1
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        allocates = getattr(function, "_opname", "") in self.ALLOCATE and function.namespace == "aten"
+        if not allocates or made.layout != torch.strided:
+            return made
+        size = made.untyped_storage().nbytes()
+        block = torch.full((size + 2 * self.BYTES,), self.MARK, dtype=torch.uint8, device=made.device)
+        self.all.append((f"{made.dtype} {tuple(made.shape)}", block))
+        first = self.BYTES // made.element_size()
+        return torch.empty(0, dtype=made.dtype, device=made.device).set_(
+            block.untyped_storage(), first, made.shape, made.stride()
+        )
+
+    def look(self) -> None:
+        """Raise where a fence is not as it was put."""
+        for what, block in self.all:
+            for place, fence in (("before", block[: self.BYTES]), ("after", block[-self.BYTES :])):
+                if bool((fence != self.MARK).any()):
+                    raise _Broken(f"writes {place} the memory of a tensor that it allocates, {what}")
+
+
 class _TrueFakes(TorchDispatchMode):
     """Raises where a custom op gives other results than its fake says: a compiler has laid out memory by the fake."""
+
+    supports_higher_order_operators = True  # they run as they are
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         real = function(*args, **kwargs)
-        if function.namespace in ("aten", "prim", "prims") or function._schema.is_mutable:
+        custom = isinstance(function, torch._ops.OpOverload) and function.namespace not in ("aten", "prim", "prims")
+        if not custom or function._schema.is_mutable:
             return real
         with FakeTensorMode() as mode:
             fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))

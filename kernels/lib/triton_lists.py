@@ -164,8 +164,11 @@ def _layout(
 ) -> tuple[Tensor, Tensor]:
     counts = [-(-size // chunk) for size in sizes]
     layout = array("q", chain(sizes, accumulate(counts[:-1], initial=0), codes))
-    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))
-    if owners.shape[0] >= 2**31:
+    programs = sum(counts)
+    owners = torch.repeat_interleave(
+        torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts), output_size=programs
+    )
+    if programs >= 2**31:
         raise ValueError(f"{sum(sizes)} elements are more chunks of {chunk} than a launch may have programs")
     return _upload(owners, device), _upload(torch.frombuffer(layout, dtype=torch.int64), device)
 

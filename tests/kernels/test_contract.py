@@ -1,6 +1,7 @@
 """The contract over every backend this machine can run, and the contract itself: planted faults must turn it red."""
 
 import contextlib
+import ctypes
 import dataclasses
 import re
 import types
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritium.kernels import contract, ops
+from tritium.kernels import autograd, contract, ops
 from tritium.kernels.autograd import differentiable
 from tritium.kernels.case import Case
 from tritium.kernels.op import Backend, Op
@@ -629,6 +630,39 @@ def test_a_watched_backend_whose_host_reads_is_red(fault):
     alone = planted(gelu, unsupported=lambda site: None if site.device == "cpu" else "for CPUs; choose reference")
     assert contract.check(ops.gelu, alone, case, watch=no_reads).ok, "for CPUs alone: its host reads what is its own"
     assert contract.check(ops.gelu, "reference", case, watch=no_reads).ok
+
+
+class WritesBeyond(torch.autograd.Function):
+    """relu2 that sets four bytes to 0 beside what it allocates, forward or backward."""
+
+    @staticmethod
+    def allocate(values, offset):
+        made = torch.empty_like(values).copy_(values)
+        if offset is not None:
+            ctypes.memset(made.data_ptr() + (made.nbytes if offset == "after" else -4), 0, 4)
+        return made
+
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.save_for_backward(x)
+        ctx.offset = backward
+        return WritesBeyond.allocate(x.clamp(min=0).square(), forward)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return WritesBeyond.allocate(2 * ctx.saved_tensors[0].clamp(min=0) * dy, ctx.offset), None, None
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward"), [("after", None), ("before", None), (None, "after"), (None, "before"), (None, None)]
+)
+def test_a_write_outside_what_was_allocated_is_red(forward, backward):
+    case = next(c for c in small(ops.relu2) if c.name == "odd")
+    fault = planted(lambda x: WritesBeyond.apply(x, forward, backward))
+    report = contract.check(ops.relu2, fault, case, FP32, watch=contextlib.nullcontext)
+    where = forward or backward
+    assert report.ok if where is None else f"writes {where} the memory of a tensor" in report.reason, report
+    assert autograd.watching == 0
 
 
 def test_a_watched_update_whose_host_reads_is_red():

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tritium.engine import syncs
 from tritium.kernels import contract, ops, options
 from tritium.kernels.case import Case
+from tritium.kernels.lib import triton_lists
 from tritium.kernels.site import Machine
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -110,6 +112,13 @@ def busiest(name: str) -> Case:
 def test_compiled_into_one_graph(name, dtype):
     variants = ("plain", "expanded") if dtype == FP32 else ("plain",)
     report = contract.check(ops.OPS[name], "triton", busiest(name), dtype, compiled="aot_eager", variants=variants)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_no_host_waits_and_nothing_is_written_outside(name):
+    triton_lists._layout.cache_clear()  # what an update's first call makes is watched too
+    report = contract.check(ops.OPS[name], "triton", busiest(name), FP32, variants=(), watch=syncs.forbidden)
     assert report.ok, report
 
 
