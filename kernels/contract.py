@@ -364,9 +364,9 @@ def _check_function(
             compare(variant, got, exact.only(got), same.only(got))
     if watch is not None:
         _run(_prepared(backend, backend.function), arguments, upstream, train, around=watch)
-    if compiled:  # the first argument transposed: of a row-major one any fake's strides are right
+    if compiled:  # first argument and upstream gradient transposed: of row-major ones any fake's strides are right
         layout = {n: _strided(v, i + 1) for i, (n, v) in enumerate(arguments.items())}
-        grads = [_strided(g, i) for i, g in enumerate(upstream)]
+        grads = [_strided(g, i + 1) for i, g in enumerate(upstream)]
         _run(_prepared(backend, backend.function), layout, grads, train, around=_TrueFakes)
 
 
