@@ -409,7 +409,8 @@ class _Fences(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
         allocates = getattr(function, "_opname", "") in self.ALLOCATE and function.namespace == "aten"
-        if not allocates or made.layout != torch.strided:
+        pinned = allocates and (kwargs or {}).get("pin_memory")
+        if not allocates or pinned or type(made) is not Tensor or made.is_meta or made.layout != torch.strided:
             return made
         size = made.untyped_storage().nbytes()
         block = torch.full((size + 2 * self.BYTES,), self.MARK, dtype=torch.uint8, device=made.device)
