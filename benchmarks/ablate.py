@@ -1291,6 +1291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tritium.kernels.op import KernelError
 
     device = a.device
+    if device == "cuda" and not torch.cuda.is_available():
+        made.error("--device cuda: torch finds no GPU here, so there is nothing to time; use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 import pathlib
@@ -165,6 +166,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_stage(a.one, a, chosen_ops)
     if chosen_ops and "kernels" in names and "tiles" not in names:
         names.insert(names.index("kernels") + 1, "tiles")
+    if absent := [name for name in ("torch", "numpy") if importlib.util.find_spec(name) is None]:
+        made.error(
+            f"{sys.executable} has no {', '.join(absent)}, and make gpu installs nothing: name a Python that has "
+            "torch, triton and numpy, make gpu PYTHON=/path/to/python3"
+        )
     if why := record.unwritable(a.out / "gpu.json"):
         made.error(why)
     return run_all([name for name in names if name != "device"], minutes, a, chosen_ops)

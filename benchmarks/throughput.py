@@ -572,8 +572,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"{name}: {error}")
             status = 1
             continue
-        path = save(result, a.out or results_folder(result))
-        print(f"\n{table(result)}\n\n{verdict(result)}\nwritten: {path}", flush=True)
+        print(f"\n{table(result)}\n\n{verdict(result)}", flush=True)  # before the disk has a say in it
+        print(f"written: {save(result, a.out or results_folder(result))}", flush=True)
         lacking = {peer: reason for peer, reason in result["peers_absent"].items() if peer in peers.REQUIRED}
         for peer, reason in lacking.items():
             others = ",".join(other for other in a.peers.split(",") if other != peer)

@@ -201,14 +201,32 @@ class Tuned:
         )
 
 
+def _entries(text: str) -> Iterator[Tuned]:
+    """Of one file; ValueError for what is none."""
+    found = json.loads(text)
+    if not isinstance(found, list):
+        raise ValueError(f"it holds a {type(found).__name__}, and is a list of entries")
+    for i, entry in enumerate(found, 1):
+        try:
+            if not isinstance(entry["order"], list):
+                raise ValueError(f"order is a list of backends, not {entry['order']!r}")
+            shape = {k: tuple(v) for k, v in entry.get("shape", {}).items()}
+            yield Tuned(**{**entry, "order": tuple(entry["order"]), "shape": shape})
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"entry {i}: {error}") from None
+
+
 @cache
 def tuning() -> tuple[Tuned, ...]:
     """Every entry of ``tuning/*.json``; the first that covers a site decides its ``auto`` order."""
-    entries = []
+    entries: list[Tuned] = []
     for path in sorted((_FOLDER / "tuning").glob("*.json")):
-        for entry in json.loads(path.read_text()):
-            shape = {k: tuple(v) for k, v in entry.pop("shape", {}).items()}
-            entries.append(Tuned(**{**entry, "order": tuple(entry["order"]), "shape": shape}))
+        try:
+            entries += _entries(path.read_text())
+        except ValueError as error:
+            raise KernelError(
+                f"{path}: {error}, so nothing says what auto chooses; mend it, or restore it with git checkout"
+            ) from None
     return tuple(entries)
 
 

@@ -173,6 +173,7 @@ def test_an_axis_sets_its_field(axis, field, typed):
         (["few", "gelu=auto,reference", "--target-loss", "3"], "wants --steps N"),
         (["few", "gelu=auto,reference", "--seed", "-1"], "--seed must be from 0"),
         (["few", "precision=fp32,bf16", "--write-tuning"], "no axis is an op"),
+        (["few", "gelu=auto,triton", "--device", "cuda"], "--device cuda: torch finds no GPU here"),
         (["few", "gelu=auto,triton", "--write-tuning", "--no-gate"], "leave --no-gate out"),
         (["few", "gelu=auto,triton", "--write-tuning", "--no-twin"], "leave --no-twin out"),
         (["few", "--mode", "leave-one-out", "adamw"], "'adamw' comes after the flags; axes and ops come before them"),

@@ -144,6 +144,15 @@ def test_tuning_adds_the_tiles_and_wrong_words_end_with_the_nearest(monkeypatch,
     assert len(seen) == 1
 
 
+def test_a_python_without_torch_is_told_what_is_missing(tmp_path):
+    argv = [str(SCRIPT), "--cpu", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-P", "-c", BARE.format(missing={"torch", "numpy"}, argv=argv)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{sys.executable} has no torch, numpy, and make gpu installs nothing" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_that_is_stopped_in_its_first_stage_says_so_of_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "stop_on_signals", lambda: None)
 

@@ -349,6 +349,31 @@ def test_a_required_peer_without_figures_is_status_1(tmp_path, capsys, monkeypat
     assert f"{name} is left out: needs a package; install it" in shown.out
 
 
+def test_what_cannot_be_timed_or_written_is_said_at_once_and_a_full_disk_costs_no_table(
+    tmp_path, capsys, monkeypatch, all_installed
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(throughput.torch.cuda, "is_available", lambda: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(throughput, "bench_train", lambda *a, **more: pytest.fail("it was begun"))
+        for words, said in (
+            (["few", "--out", str(tmp_path / "file")], "--out: "),
+            (["few", "--out", str(tmp_path), "--device", "cuda"], "--device cuda: torch finds no GPU here"),
+        ):
+            with pytest.raises(SystemExit) as stop:
+                throughput.main(words)
+            assert stop.value.code == 2
+            assert said in capsys.readouterr().err
+
+    def full(result, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(throughput, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        run_with(tmp_path, "textbook,huggingface,litgpt", "--B", "2")
+    assert "| training step |" in capsys.readouterr().out
+
+
 def test_a_peer_that_is_not_required_says_why_not_and_is_left_out(tmp_path, capsys, monkeypatch, all_installed):
     monkeypatch.setattr(peers.peer("torchtitan"), "why_not", lambda device: "needs another torch")
     status, result = run_with(tmp_path, "textbook,torchtitan,huggingface_liger", "--B", "2")

@@ -47,10 +47,17 @@ def test_the_loader_reads_every_file(tmp_path, monkeypatch):
     try:
         (read,) = tuning()
         assert (read.order, read.shape, read.compiled) == (("flex", "sdpa"), {"D": (64, 128)}, True)
-        (tmp_path / "tuning" / "one.json").write_text(json.dumps([{**entry, "speed": 2}]))
-        tuning.cache_clear()
-        with pytest.raises(TypeError, match="speed"):
-            tuning()
+        shortened = {key: value for key, value in entry.items() if key != "evidence"}
+        for text, said in (
+            (json.dumps([entry, {**entry, "speed": 2}]), "entry 2: .*'speed'"),
+            (json.dumps([shortened]), "entry 1: .*'evidence'"),
+            ("[{", ".*line 1 column 3"), ("{}", ".*a list of entries"),
+            (json.dumps([{**entry, "order": "sdpa"}]), "entry 1: order is a list"),
+        ):  # fmt: skip
+            (tmp_path / "tuning" / "one.json").write_text(text)
+            tuning.cache_clear()
+            with pytest.raises(op_module.KernelError, match=f"one.json: {said}.*; mend it, or "):
+                tuning()
     finally:
         tuning.cache_clear()
 
