@@ -127,7 +127,8 @@ def contract_on_device(bench: Bench) -> None:
         bench.lines.write(status, seen[status], "checks")
     red = {status: seen[status] for status in ("failed", "hung", "crashed") if seen[status]}
     if red or not seen["passed"] + seen["recorded"]:
-        said = ", ".join(f"{count} {status}" for status, count in red.items()) or "none passed"
+        said = ", ".join(f"{count} {status}" for status, count in red.items())
+        said = said or f"none passed, {seen['not run']} not run, {seen['refused']} refused"
         raise SystemExit(f"the contract: {said}; {seen['passed'] + seen['recorded']} passed")
 
 
