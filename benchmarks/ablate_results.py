@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,6 +154,9 @@ def text(result: Mapping[str, Any]) -> str:
 COLOURS = {"baseline": "#555555", "faster": "#2e7d4f", "slower": "#c23b22", "no difference shown": "#9a9a9a"}
 
 
+LINE = 36  # characters of an arm's name in the picture
+
+
 def draw(result: Mapping[str, Any]) -> bytes:
     """A PNG: each arm's speed against the baseline with its interval over the band that the twin leaves open, and the
     curves where arms were trained."""
@@ -160,13 +164,15 @@ def draw(result: Mapping[str, Any]) -> bytes:
 
     timed = [row for row in result["arms"] if row["ratio"] is not None]
     trained = [row for row in result["arms"] if row["training"] is not None]
-    figure = Figure(figsize=(9, 1.6 + 0.4 * len(timed) + (3.6 if trained else 0)), dpi=120, layout="constrained")
+    label = {row["name"]: textwrap.fill(row["name"], LINE) for row in result["arms"]}
+    height = sum(0.24 + 0.16 * (1 + label[row["name"]].count("\n")) for row in timed)
+    figure = Figure(figsize=(9, 1.6 + height + (3.6 if trained else 0)), dpi=120, layout="constrained")
     panels = figure.subplots(2 if trained else 1, 1, squeeze=False, height_ratios=[1.0, 2.0] if trained else None)[:, 0]
     axes = panels[0]
     for row in timed:
         ratio = {k: 100 * (row["ratio"][k] - 1) for k in ("median", "low", "high")}
         error = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
-        axes.barh(row["name"], ratio["median"], xerr=error, color=COLOURS[row["verdict"]], capsize=3, height=0.6)
+        axes.barh(label[row["name"]], ratio["median"], xerr=error, color=COLOURS[row["verdict"]], capsize=3, height=0.6)
     half = 100 * result["resolution"]
     if half:
         axes.axvspan(-half, half, color="#dddddd", alpha=0.6, zorder=0, label="not told from none")
@@ -183,7 +189,7 @@ def draw(result: Mapping[str, Any]) -> bytes:
             runs = row["training"]["curves"]
             x = [tokens * s for s in runs[0]["steps"]]
             losses = list(zip(*(c["val_loss"] for c in runs), strict=True))
-            (line,) = axes.plot(x, [sum(v) / len(v) for v in losses], label=row["name"], linewidth=1.4)
+            (line,) = axes.plot(x, [sum(v) / len(v) for v in losses], label=label[row["name"]], linewidth=1.4)
             axes.fill_between(x, [min(v) for v in losses], [max(v) for v in losses], color=line.get_color(), alpha=0.15)
         axes.set_xlabel("tokens trained on")
         axes.set_ylabel("validation loss, nats per token")

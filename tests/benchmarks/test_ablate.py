@@ -737,6 +737,19 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch, plant, capsys):
     assert list((tmp_path / "early").glob("*.json")) == []
 
 
+@pytest.mark.filterwarnings("error")  # matplotlib warns of a layout that has no room, and then cuts names off
+def test_names_of_many_axes_have_room_in_the_picture():
+    def arm(name, median):
+        ratio = {"median": median, "low": median - 0.1, "high": median + 0.1}
+        return {"name": name, "ratio": ratio, "training": None, "verdict": "no difference shown"}
+
+    many = " ".join(f"axis_{i}=a_value_of_it" for i in range(10))
+    settings, machine = {"T": 16, "B": 2}, {"name": "a CPU"}
+    arms = [arm(many, 1.0), arm("optim.lr=3e-3", 1.1), arm("x" * 300, 0.9)]
+    found = {"arms": arms, "resolution": 0.01, "preset": "few", "settings": settings, "machine": machine}
+    assert ablate_results.draw(found).startswith(b"\x89PNG")
+
+
 def test_an_arm_that_breaks_while_it_is_timed_costs_itself(tmp_path, plant, capsys):
     broken = plant("gelu", Breaks(12, breaks))
     status, result = run(tmp_path, f"gelu=reference,{broken}", "optim.lr=1e-2,1e-3", *SMALL, "--no-gate", "--no-twin")
