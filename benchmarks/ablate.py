@@ -930,6 +930,7 @@ class _Run:
                 break
             except _Broke as broke:  # the others are timed without it
                 self.drop(broke, runs)
+        record.after(self.result)  # of the last group; training comes later
         self.recompiled += Compiled.now().graphs - before.graphs
         baseline = samples[r.arms[0].name]
         if twin is not None:
@@ -944,7 +945,7 @@ class _Run:
                 continue
             step_s = taken.median_ms / 1e3
             row |= {
-                "speed": timing.bootstrap_median(self.tokens_per_s(taken)).to_json(),
+                "speed": timing.bootstrap_median_of_positive(self.tokens_per_s(taken)).to_json(),
                 "ratio": timing.speedup(taken, baseline).to_json(),
                 "delta_tokens_per_s": timing.bootstrap_median(
                     [a - b for a, b in zip(self.tokens_per_s(taken), self.tokens_per_s(baseline), strict=True)]

@@ -253,7 +253,9 @@ def test_an_ablation_leaves_record_picture_and_page(tmp_path, capsys):
     assert base["ratio"]["median"] == 1.0
     assert len(native["times"]["rounds_ms"]) == 2
     speeds = [2e3 * 64 / sum(pair) for pair in native["times"]["rounds_ms"]]
-    assert native["speed"]["median"] == pytest.approx(sum(speeds) / 2)
+    assert native["speed"]["median"] == pytest.approx(math.prod(speeds) ** 0.5)
+    assert 0 < native["speed"]["low"] < native["speed"]["high"]  # two rounds: an interval of ± their spread is below 0
+    assert len(result["machine"]["load_after"]) == 3
     assert 0 < abs(native["gradient_error"]["relative"]) < 1e-5
     assert 0 <= abs(native["loss_delta"]) < 1e-5
     assert {line["backend"] for line in native["kernels"] if line["op"] == "layer_norm"} == {"native"}
