@@ -125,7 +125,10 @@ def _unary_backward(
     x = tl.load(X + rows * stride_x + columns, mask, other=0.0).to(tl.float32)
     dy = tl.load(DY + rows * stride_dy + columns, mask, other=0.0).to(tl.float32)
     _, slope = _value_and_slope(x, ACTIVATION)
-    tl.store(DX + rows * F + columns, (dy * slope).to(DX.dtype.element_ty), mask)
+    dx = dy * slope
+    if ACTIVATION == "relu2":  # 0 where nothing comes through, of an infinite dy too
+        dx = tl.where(x <= 0, 0.0, dx)
+    tl.store(DX + rows * F + columns, dx.to(DX.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["N"])

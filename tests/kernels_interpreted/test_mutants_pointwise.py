@@ -19,7 +19,7 @@ MUTANTS = [
     pointwise("gelu", "last row dropped", "mask = rows < N\n", "mask = rows < N - 1\n", "odd"),
     pointwise("gelu", "cubic term", "0.044715 * z * z", "0.0449 * z * z", "odd"),
     pointwise("gelu", "cubic term of the slope", "0.26829", "0.0", "odd"),
-    pointwise("gelu", "gradient times 1.02", "(dy * slope)", "(dy * slope * 1.02)", "three_axes"),
+    pointwise("gelu", "gradient times 1.02", "dx = dy * slope", "dx = dy * slope * 1.02", "three_axes"),
     pointwise("gelu", "density forgotten", "distribution + x * density", "distribution", "exact"),
     pointwise("gelu", "a coefficient of the distribution", "0.2901137143985035", "0.2901237143985035", "exact"),
     pointwise("gelu", "tails not saturated: ∞·0", "z = _saturate(x)", "z = x * 1e16", "extremes"),
@@ -29,7 +29,7 @@ MUTANTS = [
     pointwise("relu2", "no rectification", "tl.where(x <= 0, 0.0, x)", "x", "odd"),
     pointwise("relu2", "not squared", "positive * positive, 2", "positive, 2", "odd"),
     pointwise("relu2", "slope without its 2", "2 * positive", "positive", "odd"),
-    pointwise("relu2", "gradient without dy", "(dy * slope)", "(slope)", "many"),
+    pointwise("relu2", "gradient without dy", "dx = dy * slope", "dx = slope", "many"),
     pointwise("relu2", "columns of the first tile only", "columns = tile * BLOCK_F", "columns = 0 * BLOCK_F",
               "several_tiles"),
     # swiglu

@@ -1,5 +1,6 @@
 """The Triton kernels of gelu, swiglu, geglu, relu2, rope and embedding: the contract, and what it does not ask."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -208,6 +209,16 @@ def test_every_finite_input_has_a_finite_gradient(op, rest, dtype):
     half = torch.tensor(0.5, dtype=dtype)
     torch.testing.assert_close(y.detach(), torch.where(x > 0, x, zero).detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(dx, torch.where(x > 0, one, torch.where(x < 0, zero, half)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # the kernel's, before it chooses
+def test_an_infinite_gradient_does_not_come_through_where_relu2_is_flat():
+    dx = []
+    for backend in ("triton", "reference"):
+        x = torch.tensor([-1.0, 0.0, 2.0, math.nan, -math.inf]).requires_grad_()
+        dx += torch.autograd.grad(ops.relu2.load(backend).function(x), x, torch.full((5,), math.inf))
+    torch.testing.assert_close(dx[0], dx[1], rtol=0, atol=0, equal_nan=True)
+    assert dx[0][:3].tolist() == [0.0, 0.0, math.inf]
 
 
 @pytest.mark.parametrize("x", [
