@@ -1019,6 +1019,9 @@ class _Run:
                   for row in rows if row["status"] in ("ok", "red", "failed")]  # fmt: skip
         if self.stopped:
             checks.append(record.check(WENT_TO_ITS_END, False, STOPPED))
+        if not self.stopped and not any(row["status"] == "ok" for row in rows if row["name"] != first):
+            reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in rows if row["name"] != first)
+            checks.append(record.check("an arm was compared with the baseline", False, reasons))
         checks += [record.check(f"{name} trains to the end", False, why) for name, why in self.lost.items()]
         checks.append(record.check("nothing compiled while timing", self.recompiled == 0, f"{self.recompiled} frames"))
         if twin is not None:

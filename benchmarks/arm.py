@@ -100,6 +100,10 @@ class ArmProcess:
         """One training step: milliseconds, taken inside the child."""
         return self.ask("step")["ms"]
 
+    def memory_bytes(self) -> int:
+        """The most that it has held so far: of the device's memory, or of the host's where it computes on a CPU."""
+        return self.ask("memory")["bytes"]
+
     def _last_words(self) -> str:
         lines = self.stderr.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
@@ -206,6 +210,11 @@ class Arm:
             batches = [(ids[:rows], targets[:rows]) for ids, targets in self.batches]
             values = [self.training.step(*batches[i % len(batches)]) for i in range(steps)]
             return {"losses": [value.item() for value in values]}
+
+    def memory(self) -> dict[str, Any]:
+        import torch
+
+        return {"bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else peak_bytes()}
 
     def step(self) -> dict[str, Any]:
         batch = self.batches[self.turn % len(self.batches)]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 
 from tritium.benchmarks import peers, record, timing
+from tritium.benchmarks.ablate import free_bytes
 from tritium.benchmarks.arm import OURS, ArmError, ArmProcess
 from tritium.benchmarks.ours import PRECISION
 from tritium.engine import allocator, presets
@@ -47,6 +49,7 @@ SHAPES = {
 VOCAB_SIZE = 1024  # for a preset that takes its vocabulary from the data: what the tiny preset's tokenizer has
 LOSS_STEPS = 3
 LOSS_BOUNDS = {"fp32": 2e-5, "bf16": 2e-3}  # relative, on every step's loss
+FILL = 0.9  # of the free memory, that the arms of one comparison may hold
 NEAR = 0.05  # a variant this close to its peer's best in the screening is timed as well,
 FINALISTS = 2  # up to so many of BASELINE and of MEASURE; of the other peers the best
 
@@ -261,6 +264,7 @@ class _Run:
     spawned: int = 0
     screening: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # peer → why no variant of it runs
+    needs: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)  # (peer, variant) → bytes it held
 
     def process(self, name: str, variant: peers.Variant | None, cache: str = "") -> ArmProcess:
         """A process for an arm. cache: name of a folder of compiled code shared by arms; "": its own, empty one."""
@@ -288,12 +292,21 @@ class _Run:
                 _say(f"{key}: first step done after {fact['startup_s']:.1f} s, losses {fact['losses']}")
                 return fact
 
+            free = FILL * free_bytes(self.device)
             ours = begin(OURS, None)
-            finalists = [(n, v) for n in names for v in self.screen(n, fit, ours, screening_steps)]
-            if not finalists:
+            free -= next(iter(arms.values())).memory_bytes()
+            chosen = {name: self.screen(name, fit, ours, screening_steps) for name in names}
+            # the fastest of each peer first: what follows may find no room, and a system that is out of memory kills
+            for row in itertools.zip_longest(*chosen.values()):
+                for name, variant in zip(chosen, row, strict=True):
+                    need = self.needs.get((name, str(variant)), 0)
+                    if variant is not None and need > free:
+                        self.leave_out(name, variant, need, free, any(f["peer"] == name for f in facts.values()))
+                    elif variant is not None:
+                        require_alike(ours, begin(name, variant))
+                        free -= need or list(arms.values())[-1].memory_bytes()
+            if len(arms) == 1:
                 return {}, {}
-            for name, variant in finalists:
-                require_alike(ours, begin(name, variant))
             for key, arm in arms.items():
                 warm = timing.warm_up(arm.step_ms)
                 facts[key]["warm_up"] = {"runs": warm.runs, "stable": warm.stable}
@@ -344,10 +357,24 @@ class _Run:
                 timing.warm_up(arm.step_ms, limit_runs=10)
                 speeds[variant] = 1e3 * self.B * self.T / statistics.median(arm.step_ms() for _ in range(steps))
                 row["tokens_per_s"] = speeds[variant]
+                self.needs[name, str(variant)] = arm.memory_bytes()
         except ArmError as error:  # a variant that does not run here is recorded, and no reason to stop
             row["problem"] = str(error)
         self.screening.append(row)
         _say(f"screening {name}: {variant}: {row['problem'] or format(speeds[variant], '.0f') + ' tokens/s'}")
+
+    def leave_out(self, name: str, variant: peers.Variant, need: float, free: float, another: bool) -> None:
+        """Put on record that a variant was screened and has no room beside those that are compared. another: one of the
+        same peer is among these."""
+        why = (
+            f"not compared: it held {need / 2**30:.1f} GiB, and {max(free, 0.0) / 2**30:.1f} are left beside the others"
+        )
+        _say(f"{name}: {variant}: {why}; fewer --peers at a time or fewer rows (--B) make room")
+        for row in self.screening:
+            if (row["peer"], row["variant"]) == (name, str(variant)):
+                row["problem"] = why
+        if not another:
+            self.failed[name] = why
 
 
 def _fastest(speeds: Mapping[peers.Variant, float], count: int) -> list[peers.Variant]:

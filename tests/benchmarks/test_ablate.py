@@ -238,6 +238,14 @@ def test_help_is_quick():
 # ------------------------------------------------------------------------------------------------------------ the check
 
 
+def test_nothing_to_compare_with_the_baseline_fails_the_run(tmp_path):
+    status, result = run(tmp_path, "layer_norm=reference,apex", *SMALL, "--no-twin", "--no-gate")
+    (red,) = [check for check in result["checks"] if not check["ok"]]
+    assert status == 1
+    assert red["name"] == "an arm was compared with the baseline"
+    assert "layer_norm=apex: " in red["detail"]
+
+
 def test_an_ablation_leaves_record_picture_and_page(tmp_path, capsys):
     """One arm that is right, one that cannot be had here with its reason; the contract is run."""
     status, result = run(tmp_path, "layer_norm=reference,native,apex", *SMALL, "--no-twin")

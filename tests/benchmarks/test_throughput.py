@@ -116,6 +116,9 @@ class FakeArm:
     def losses(self, steps, fp32=False):
         return (self.fp32_of if fp32 else self.losses_of)[self.name][:steps]
 
+    def memory_bytes(self):
+        return 1 << 20
+
     def step_ms(self):
         self.runs += 1
         return self.ms_of[self.name] * (1 + 0.001 * (self.runs % 3))
@@ -217,6 +220,47 @@ def test_every_variant_is_tried_and_the_fastest_are_compared(tmp_path, monkeypat
     compared = shipped if gain > 1 else [*kept, shipped[0]]
     assert list(result["arms"]) == ["tritium: fp32", *(f"textbook: {variant}" for variant in compared)]
     assert result["best_peer"] == f"textbook: {compared[0]}"
+
+
+def test_arms_that_the_memory_does_not_hold_are_left_out_and_said(monkeypatch, tmp_path, capsys):
+    """Of each peer the fastest comes first; a system without memory would kill one, and with it the comparison."""
+
+    class Large(FakeArm):
+        held = 0
+
+        def memory_bytes(self):
+            return (3 if self.mode == "large" else 1) << 30
+
+        def __enter__(self):
+            Large.held += self.memory_bytes()
+            assert Large.held < 5 << 30, "the system would kill one"
+            return super().__enter__()
+
+        def __exit__(self, *exc):
+            Large.held -= self.memory_bytes()
+            super().__exit__(*exc)
+
+        def step_ms(self):
+            return super().step_ms() * {"near": 1.02}.get(self.mode, 1.0)
+
+    modes = ("default", "near")
+    monkeypatch.setattr(throughput, "ArmProcess", Large)
+    monkeypatch.setattr(throughput, "free_bytes", lambda device: 4 << 30)
+    monkeypatch.setattr(throughput.allocator, "why_not", lambda: "not here")
+    monkeypatch.setattr(textbook, "variants", lambda device: [peers.Variant(compile=mode) for mode in modes])
+    monkeypatch.setattr(huggingface, "why_not", lambda device: None)
+    monkeypatch.setattr(huggingface, "variants", lambda device: [peers.Variant(compile=mode) for mode in modes])
+    run(tmp_path, "--screening-steps", "3", "--peers", "textbook,huggingface")
+    result = json.loads((tmp_path / "throughput_few_T16_B2.json").read_text())
+    assert list(result["arms"]) == ["tritium: fp32", "textbook: fp32 default", "huggingface: fp32 default"]
+    assert [row["problem"] and row["problem"][:12] for row in result["screening"]] == [None, "not compared"] * 2
+    assert "not compared: it held 1.0 GiB, and 0.6 are left beside the others; fewer --peers" in capsys.readouterr().err
+
+    monkeypatch.setattr(huggingface, "variants", lambda device: [peers.Variant(compile="large")])
+    run(tmp_path, "--screening-steps", "3", "--peers", "textbook,huggingface")
+    result = json.loads((tmp_path / "throughput_few_T16_B2.json").read_text())
+    assert result["peers_absent"]["huggingface"].startswith("not compared: it held 3.0 GiB")
+    assert {fact["peer"] for fact in result["arms"].values()} == {"tritium", "textbook"}
 
 
 @pytest.mark.parametrize(("theirs_ms", "sure"), [(120.0, True), (100.0, False), (80.0, False)])
@@ -417,4 +461,4 @@ def test_tables_of_committed_records_can_be_drawn():
     for path in paths:
         found = record.read(path)
         table = throughput.table(found)
-        assert table.count("\n| ") == len(found["arms"]) + 1
+        assert table.count("\n| ") == len(found["arms"]) + len(found["settings"].get("models", [0]))  # a head each
