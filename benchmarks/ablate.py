@@ -528,13 +528,8 @@ class Arm:
 
     def step(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Forward, backward, clip, update; (mean loss before, gradient norm), both () fp32."""
-        from tritium.engine.step import train_step
-
         with self._settings():
-            loss, norm = train_step(
-                self.engine.loss, self.engine.optimizer, self.micro_batches(batch), self.lr, self.inverse_count,
-                self.world,
-            )  # fmt: skip
+            loss, norm = self.engine.step(self.micro_batches(batch), self.lr, self.inverse_count)
         self.loss = loss
         return loss, norm
 

@@ -68,7 +68,7 @@ CLASSES = {
     "optimizer": re.compile(r"adamw|fused_?adam|global_norm|_foreach_norm|foreach_norm|LpNormFunctor", re.IGNORECASE),
     "loss": re.compile(r"cross_entropy|log_softmax|logsumexp|nll_loss", re.IGNORECASE),
     "activation": re.compile(r"gelu|silu|swiglu|geglu|relu|threshold_backward|_erf(_|$)|_tanh(_|$)|sigmoid"),
-    "embedding": re.compile(r"embedding|index_select"),
+    "embedding": re.compile(r"embedding|_TiedRows|index_select|index_put"),
     "norm": re.compile(r"layer_norm|rms_norm|_rsqrt|var_mean|fused_[a-z_]*div_expand_mul_pow|_norm_"),
     "position": re.compile(r"rope|split_with_sizes|fused_[a-z_]*(neg|sub)_[a-z_]*(slice|split|unsqueeze)"),
 }

@@ -41,7 +41,7 @@ ROOM = 1.3  # of a neighbour's peak must be free for a cell to be started beside
 INTERVAL: record.Schema = {"median": record.NUMBER, "low": record.NUMBER, "high": record.NUMBER, "level": record.NUMBER}
 CELL: record.Schema = {
     "preset": str, "column": str,
-    "status": str,  # "ok", "not built yet", "out of memory", "unequal losses" or "failed"
+    "status": str,  # "ok", "not built yet", "needs a GPU", "out of memory", "unequal losses" or "failed"
     "reason": str,  # of a status that is not ok
     "variant": str,
     "tokens_per_s": (dict, type(None)),  # INTERVAL, over rounds; null, as the next eight, unless ok
@@ -76,6 +76,7 @@ class Column:
     train: Mapping[str, str]
     kernels: str = ""
     needs: tuple[str, str] | None = None
+    gpu: str = ""  # what of a GPU the rung is about, where it means nothing on a CPU
 
     def why_not(self) -> str | None:
         """What the engine lacks for this rung, or None."""
@@ -93,8 +94,13 @@ REFERENCE, FUSED = "reference", "FUSED"  # FUSED: what --kernels says
 EAGER = Column("eager", {"compile": "false"}, REFERENCE)
 COMPILE = Column("compile", {"compile": "true"}, REFERENCE)
 KERNELS = Column("+ fused kernels", {"compile": "true"}, FUSED)
-GRAPHS = Column("+ CUDA graphs", {"compile": "true", "cuda_graphs": "true"}, FUSED, ("cuda_graphs", "true"))
-FP8 = Column("+ fp8", {"compile": "true", "cuda_graphs": "true", "precision": "fp8"}, FUSED, ("precision", "fp8"))
+GRAPHS = Column(
+    "+ CUDA graphs", {"compile": "true", "cuda_graphs": "true"}, FUSED, ("cuda_graphs", "true"), "CUDA graphs"
+)
+FP8 = Column(
+    "+ fp8", {"compile": "true", "cuda_graphs": "true", "precision": "fp8"}, FUSED, ("precision", "fp8"),
+    "products of fp8 matrices",
+)  # fmt: skip
 COLUMNS = {"eager": EAGER, "compile": COMPILE, "kernels": KERNELS, "graphs": GRAPHS, "fp8": FP8}
 
 
@@ -155,6 +161,9 @@ class Size:
                 cell = self.cells[column.name]
                 if (why := column.why_not()) is not None:
                     self._end(column.name, "not built yet", why)
+                    continue
+                if column.gpu and self.device == "cpu":
+                    self._end(column.name, "needs a GPU", f"a CPU has no {column.gpu}")
                     continue
                 if alive and free_bytes(self.device) < ROOM * max(self.cells[name]["peak_bytes"] for name in alive):
                     self._time(alive)

@@ -16,7 +16,7 @@ from tritium.benchmarks import peers
 from tritium.engine import train
 from tritium.engine.config import Config, KernelsConfig
 from tritium.engine.parallel import World
-from tritium.engine.step import MicroBatch, train_step
+from tritium.engine.step import MicroBatch
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 PARTS = {
@@ -87,9 +87,7 @@ class Training:
         self.inverse_count.fill_(1.0 / (targets.numel() * self.world.size))
         with self._settings():
             batch = MicroBatch(ids, targets)
-            loss, _ = train_step(
-                self.engine.loss, self.engine.optimizer, [batch], self.lr, self.inverse_count, self.world
-            )
+            loss, _ = self.engine.step([batch], self.lr, self.inverse_count)
         return loss
 
 

@@ -562,7 +562,7 @@ def ladder(entry: Entry) -> Section:
     return _measured(f"tokens/s on {entry.machine}", entry, blocks)
 
 
-LADDER = {"not built yet": "unrun", "out of memory": "muted"}  # what is not "ok" and no fault
+LADDER = {"not built yet": "unrun", "needs a GPU": "unrun", "out of memory": "muted"}  # what is not "ok" and no fault
 
 
 def goals(found: Found) -> Section:

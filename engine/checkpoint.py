@@ -287,17 +287,17 @@ def _sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
+def _write(path: pathlib.Path, content: str | bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
+def write_whole(path: pathlib.Path, content: str | bytes) -> None:
     """Replace a small file whole or not at all: a kill leaves the old one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    _write(temporary, text)
+    _write(temporary, content)
     os.replace(temporary, path)
 
 

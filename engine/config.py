@@ -160,9 +160,22 @@ class TrainConfig:
     """torch.compile's mode: max-autotune-no-cudagraphs times several ways to compute each GEMM and keeps the fastest,
     at minutes of compilation.
     """
-    weight_layout: Literal["out_in", "in_out"] = "out_in"
+    compile_scope: Literal["model", "block"] = "model"
+    """What is compiled as one graph: the whole model, which runs fastest, or its blocks one by one, which all share one
+    graph: the first step comes sooner, as the compiler sees one block instead of all.
+    """
+    compile_cache: bool = True
+    """Keep what was compiled with the run (compile_cache.bin), so that a resumed one begins sooner, here or on another
+    machine of the same kind.
+    """
+    cuda_graphs: Literal["auto", "true", "false"] = "auto"
+    """Capture a step's work on the GPU once and replay it without the host. auto: not yet, until measured; true: or
+    fail.
+    """
+    weight_layout: Literal["auto", "out_in", "in_out"] = "auto"
     """How the matrices of the blocks' GEMMs lie in memory: row by row as (out, in), or as (in, out). The mathematics
-    and the checkpoints are the same, the GEMMs read and write their operands in another order.
+    and the checkpoints are the same, the GEMMs read and write their operands in another order. auto: as was measured on
+    such a device, else (out, in).
     """
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations recomputed in backward: none, every block, or everything but the ops in recompute_keep."""
@@ -339,6 +352,12 @@ class Config:
                 f"train.batch_rows={t.batch_rows} must be a multiple of train.micro_rows={t.micro_rows} × "
                 f"{world_size} process(es) = {share}, "
                 f"or the last micro-batch would be short; use e.g. --train.batch_rows {near}"
+            )
+        if t.cuda_graphs == "true" and t.recompute != "none" and self.model.dropout > 0.0:
+            found.append(
+                f"train.cuda_graphs=true with train.recompute={t.recompute} and model.dropout={self.model.dropout}: a "
+                "recomputed block must draw the same random numbers, which a captured graph cannot; use "
+                "--train.cuda_graphs false, or --model.dropout 0"
             )
         if not d.sources and not d.folder:
             found.append(

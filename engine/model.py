@@ -56,6 +56,32 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return self.embedding(ids, self.weight)
 
+    def with_table(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows, and the table for its second reader, a tied head."""
+        # an opaque kernel's backward writes a whole table of its own; the reference's is the compiler's to see
+        if self.embedding.backend != "reference" or not torch.is_grad_enabled():
+            return self(ids), self.weight
+        rows, table = _TiedRows.apply(self.embedding(ids, self.weight.detach()), ids, self.weight)
+        return rows, table
+
+
+class _TiedRows(torch.autograd.Function):
+    """Rows of a table and the table itself, as one node: its gradient is the second reader's, to which the rows' is
+    added where they lie. Autograd alone fills a table of zeros for the rows and then adds up two tables: for GPT-2's
+    vocabulary and few rows, 154 MB written and 463 MB moved to add a few.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(ids)
+        return rows.view_as(rows), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, rows: Tensor, table: Tensor) -> tuple[None, None, Tensor]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        # a compiler writes into table, which nobody else reads; eagerly it may be somebody's, and is copied
+        return None, None, table.index_put((ids,), rows, accumulate=True)
+
 
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over C; its weights stay fp32 whatever x is."""
@@ -316,10 +342,10 @@ class GPT(nn.Module):
 
         A target of -100 is not counted; the caller divides by the number that is. seq_start: see ``hidden``.
         """
-        x = self.hidden(ids, seq_start, cache)
         if targets is None:
-            return self.head.logits(x, self.head_weight)
-        return self.head.loss(x.flatten(0, 1), self.head_weight, targets.flatten())
+            return self.head.logits(self.hidden(ids, seq_start, cache), self.head_weight)
+        x, table = self.embed(ids, seq_start, cache)
+        return self.finish(self.through_blocks(x, seq_start, cache), table, targets)
 
     def hidden(self, ids: Tensor, seq_start: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """ids (B, T) int64 → the head's input (B, T, C) in the compute dtype.
@@ -328,6 +354,13 @@ class GPT(nn.Module):
         learned positions count from it, so a document in a packed (or left-padded) row is computed as if it were alone.
         cache: ids continue the columns it holds. Raises ValueError when the columns exceed block_size.
         """
+        x, _ = self.embed(ids, seq_start, cache)
+        return self.norm(self.through_blocks(x, seq_start, cache))
+
+    # The three parts of a pass: engine/compiling.py may compile each for itself.
+
+    def embed(self, ids: Tensor, seq_start: Tensor | None = None, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+        """ids (B, T) → the residual stream (B, T, C) in the compute dtype, and the head's weight (Vp, C)."""
         T = ids.shape[1]
         start = 0 if cache is None else cache.length
         if start + T > self.config.block_size:
@@ -335,23 +368,35 @@ class GPT(nn.Module):
                 f"a row may have at most block_size={self.config.block_size} tokens, this one has {start + T}: there "
                 "are no positions beyond; crop it, or build the model with a larger model.block_size"
             )
-        x = self.wte(ids)
+        if self.head.weight is None:
+            x, table = self.wte.with_table(ids)
+        else:
+            x, table = self.wte(ids), self.head.weight
         if self.wpe is not None:
             if seq_start is None:
                 x = x + self.wpe.weight[start : start + T]
             else:  # columns of left padding come before their row's start: any position will do, nothing reads them
                 x = x + self.wpe((torch.arange(start, start + T, device=ids.device) - seq_start).clamp(min=0))
-        x = self.dropout(x.to(self.compute_dtype))
+        return self.dropout(x.to(self.compute_dtype)), table
+
+    def through_blocks(self, x: Tensor, seq_start: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """The residual stream (B, T, C), through all blocks."""
+        T = x.shape[1]
+        start = 0 if cache is None else cache.length
         rotation = (
             (self.cos[start : start + T], self.sin[start : start + T]) if self.config.position == "rope" else None
         )
         documents = self._prepared(seq_start)
         seeds: Sequence[Tensor | None] = [None] * len(self.blocks)
         if self.training and self.config.dropout > 0.0:  # drawn out here, so that a recomputed block sees the same ones
-            seeds = torch.randint(2**31, (len(self.blocks),), device=ids.device).unbind()
-        for block, seed, seq_start in zip(self.blocks, seeds, documents, strict=True):
-            x = self.run_block(block, x, rotation, seq_start, seed, cache)
-        return self.norm(x)
+            seeds = torch.randint(2**31, (len(self.blocks),), device=x.device).unbind()
+        for block, seed, prepared in zip(self.blocks, seeds, documents, strict=True):
+            x = self.run_block(block, x, rotation, prepared, seed, cache)
+        return x
+
+    def finish(self, x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        """The residual stream (B, T, C), the head's weight and targets (B, T) → the summed loss, () fp32."""
+        return self.head.loss(self.norm(x).flatten(0, 1), table, targets.flatten())
 
     def _prepared(self, seq_start: Tensor | None) -> list[Any]:
         """For each block, seq_start as its attention backend wants it; a backend's ``prepare`` runs once per call."""

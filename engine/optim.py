@@ -117,6 +117,12 @@ class AdamW:
             for leaf in group.leaves:
                 leaf.grad = None
 
+    def keep_gradients(self) -> None:
+        """Give every leaf a gradient of zeros that stays where it is: what micro-batches add to."""
+        for group in self.groups:
+            for leaf, param in zip(group.leaves, group.params, strict=True):
+                leaf.grad = torch.zeros_like(param)  # fp32, as the sum over micro-batches is
+
     def state_dict(self) -> dict[str, Tensor]:
         """Flat: exp_avg.NAME, exp_avg_sq.NAME, steps_done, skipped. The masters are the model's business
         (``master_weights``).

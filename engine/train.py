@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import json
 import math
 import os
@@ -21,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritium.engine import allocator, checkpoint, metrics, precision
+from tritium.engine import allocator, checkpoint, compiling, metrics, precision, tuned
+from tritium.engine.capture import CapturedStep, CudaGraphs
 from tritium.engine.config import Config, ConfigError, data_folder
+from tritium.engine.host import Ahead, garbage_at_rest
 from tritium.engine.model import GPT
 from tritium.engine.optim import AdamW
 from tritium.engine.parallel import World
@@ -68,6 +71,13 @@ class Engine:
     dtype: torch.dtype
     world: World
     compiled: bool
+    captured: CapturedStep | None = None  # where a step is replayed from CUDA graphs
+
+    def step(self, batches: Sequence[MicroBatch], lr: Tensor, inverse_count: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimizer step over this process's micro-batches: ``train_step``."""
+        if self.captured is not None:
+            return self.captured(batches, lr, inverse_count)
+        return train_step(self.loss, self.optimizer, batches, lr, inverse_count, self.world)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint stores, as flat names → tensors that are written in place on load."""
@@ -89,7 +99,10 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
     dtype = precision.resolve(config.train.precision, device)
     if world.any(dtype == torch.float32):  # auto is measured, and all processes must compute alike
         dtype = torch.float32
-    precision.lay_out(model, config.train.weight_layout)
+    layout: str = config.train.weight_layout
+    if layout == "auto":
+        layout = tuned.value("train.weight_layout", Machine.here(device).arch, dtype, "out_in")
+    precision.lay_out(model, layout)
     masters = precision.to_compute_dtype(model, dtype)
     optimizer = AdamW(model, config.optim, masters)
     compiled = should_compile(config, device)[0] if compile is None else compile
@@ -107,7 +120,7 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
         recompute.apply(model, config.train.recompute, config.train.recompute_keep)
     forward: Callable[..., Tensor] = model
     if compiled:
-        forward = torch.compile(model, fullgraph=True, dynamic=False, mode=config.train.compile_mode)
+        forward = compiling.compiled(model, config.train.compile_scope, config.train.compile_mode)
     model.train()
     if world.rank > 0:  # the weights were drawn alike everywhere; dropout must not be
         torch.manual_seed(config.train.seed + world.rank)
@@ -115,7 +128,17 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
     def loss(batch: MicroBatch) -> Tensor:
         return forward(batch.ids, batch.targets, batch.seq_start)
 
-    return Engine(config, model, optimizer, loss, table, dtype, world, compiled)
+    captured = None
+    if config.train.cuda_graphs == "true":
+        if device.type != "cuda":
+            raise ConfigError(
+                f"train.cuda_graphs=true captures the work of a GPU and this run is on {device.type}; use "
+                "--train.cuda_graphs auto"
+            )
+        captured = CapturedStep(
+            loss, optimizer, world, config.train.batch_rows // (config.train.micro_rows * world.size), CudaGraphs()
+        )
+    return Engine(config, model, optimizer, loss, table, dtype, world, compiled, captured)
 
 
 def check_kernels(config: Config, device: torch.device) -> None:
@@ -292,6 +315,12 @@ def _prepare_and_run(config: Config, out: pathlib.Path, world: World, reporter: 
     _, why_not = should_compile(config, world.device)
     if why_not:
         reporter.warn(f"not compiling: {why_not}; training runs eagerly and slower")
+    cache = out / "compile_cache.bin"
+    if config.train.compile_cache:
+        try:
+            compiling.load_cache(cache)
+        except (ValueError, OSError) as error:
+            reporter.warn(f"{error}; compiling anew")
     engine = build(config, world)
     parameters = sum(p.numel() for p in engine.model.parameters())
     reporter.note(
@@ -324,6 +353,7 @@ def _prepare_and_run(config: Config, out: pathlib.Path, world: World, reporter: 
         stop = stack.enter_context(
             Stop(reporter)
         )  # from here on Ctrl-C saves; before, there is nothing to save and it just ends the run
+        stack.enter_context(garbage_at_rest())
         return Loop(config, world, reporter, stop, engine, task, out, log, board).run(step)
 
 
@@ -354,7 +384,9 @@ class Loop:
         self.reporter.status(
             "compiling and running the first step" if self.engine.compiled else "running the first step"
         )
-        batches = self.task.batches(step * t.batch_rows, world.rank, world.size, pin_memory=device.type == "cuda")
+        batches = Ahead(
+            self.task.batches(step * t.batch_rows, world.rank, world.size, pin_memory=device.type == "cuda"), device
+        )
         waiting: tuple[int, Tensor, Tensor, float] | None = None  # the step whose loss has not been read yet
         saved = step if step else None
         val: dict[str, float] = {}
@@ -380,8 +412,9 @@ class Loop:
                 break
             value = learning_rate(step, t.steps, c.optim)
             lr.fill_(value)
-            work = [next(batches).to(device) for _ in range(micro_batches)]
-            loss, norm = train_step(self.engine.loss, self.engine.optimizer, work, lr, inverse_count, world)
+            work = [next(batches) for _ in range(micro_batches)]
+            loss, norm = self.engine.step(work, lr, inverse_count)
+            batches.fetch()
             step += 1
             done = (step, loss, norm, value)
             # a GPU's loss is read a step late: by then the device has long computed it, so the host does not wait
@@ -390,6 +423,9 @@ class Loop:
                 continue
             if due[0] % t.log_every == 0 or due[0] == first + 1:
                 self._report(due, val, clock, clock_step, rate, flops)
+                gc.collect()  # what the steps left is little, and nothing waits right now
+                if due[0] == first + 1:
+                    self._keep_compiled()
                 clock, clock_step = time.perf_counter(), due[0]
             elif waiting is None:
                 waiting = due  # for the report before an evaluation or the end
@@ -427,6 +463,17 @@ class Loop:
         if not math.isfinite(progress.loss):
             self.reporter.warn(
                 f"step {step}: the loss is {progress.loss}; steps with a gradient norm that is not finite are skipped"
+            )
+
+    def _keep_compiled(self) -> None:
+        """Keep what the first step compiled with the run; a failure to do so is no reason to end it."""
+        if not (self.engine.compiled and self.config.train.compile_cache and self.world.first):
+            return
+        try:
+            compiling.save_cache(self.out / "compile_cache.bin")
+        except OSError as error:
+            self.reporter.warn(
+                f"what was compiled could not be kept with the run ({error}); a resumed one compiles anew"
             )
 
     def _log(self, values: dict[str, Any]) -> None:

@@ -140,17 +140,18 @@ def test_cells_that_do_not_fit_beside_others_are_timed_after_them(climb):
 def test_what_the_engine_lacks_is_not_built_yet_until_it_has_it(climb, monkeypatch):
     arms = [FakeArm(4.0, SAME)]
     cells = cells_of(climb(*arms, columns=("eager", "graphs", "fp8")))
-    assert [cell["status"] for cell in cells.values()] == ["ok", "not built yet", "not built yet"]
-    assert cells["+ CUDA graphs"]["reason"] == "the engine has no train.cuda_graphs yet"
+    assert [cell["status"] for cell in cells.values()] == ["ok", "needs a GPU", "not built yet"]
+    assert cells["+ CUDA graphs"]["reason"] == "a CPU has no CUDA graphs"
     assert cells["+ fp8"]["reason"] == "the engine has no train.precision=fp8 yet"
-
-    @dataclasses.dataclass(frozen=True)
-    class Later:
-        cuda_graphs: str = "auto"
-
-    monkeypatch.setattr(ladder, "TrainConfig", Later)
     assert ladder.GRAPHS.why_not() is None
     assert ladder.EAGER.why_not() is None
+
+    @dataclasses.dataclass(frozen=True)
+    class Earlier:
+        compile: str = "auto"
+
+    monkeypatch.setattr(ladder, "TrainConfig", Earlier)
+    assert ladder.GRAPHS.why_not() == "the engine has no train.cuda_graphs yet"
 
 
 def test_the_table_shows_speeds_and_why_there_is_none(climb):
@@ -160,7 +161,7 @@ def test_the_table_shows_speeds_and_why_there_is_none(climb):
     )
     row = shown.splitlines()[-1]
     assert row.startswith("| gpt2_124m, T=64, B=2 | 32,000 [32,000, 32,000]<br>")
-    assert row.count("*out of memory*") == row.count("*not built yet*") == 1
+    assert row.count("*out of memory*") == row.count("*needs a GPU*") == 1
     assert "2.00 × [2.00, 2.00]" in row
     assert "+ CUDA graphs" in shown.splitlines()[2]
 

@@ -1,6 +1,7 @@
 """What the tests of the command line share: running a verb, a training that only notes its Config, a small run."""
 
 import dataclasses
+import importlib.util
 import pathlib
 import sys
 import types
@@ -10,6 +11,11 @@ import pytest
 from tritium.engine import cli
 from tritium.engine.config import Config
 from tritium.engine.report import Reporter
+
+_spec = importlib.util.spec_from_file_location("tape", pathlib.Path(__file__).with_name("tape.py"))
+assert _spec is not None and _spec.loader is not None
+sys.modules["tape"] = _module = importlib.util.module_from_spec(_spec)  # what the tests of captured steps share
+_spec.loader.exec_module(_module)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tritium.engine import precision
 from tritium.engine.config import ConfigError
-from tritium.engine.model import GPT, GPTConfig, Linear, Norm
+from tritium.engine.model import GPT, Embedding, GPTConfig, Linear, Norm
 from tritium.kernels import op, ops
 from tritium.kernels.op import KernelError
 from tritium.kernels.site import Machine, Site
@@ -558,3 +558,54 @@ def test_linear_and_norm_layers_are_all_of_them():
     owned = {id(p) for m in model.modules() if isinstance(m, (Linear, Norm)) for p in m.parameters(recurse=False)}
     owned |= {id(model.wte.weight), id(model.head_weight)}
     assert {id(p) for p in model.parameters()} == owned
+
+
+# ------------------------------------------------------------------------------------- one gradient of a tied table
+
+
+def _tied(**model) -> GPT:
+    torch.manual_seed(3)
+    return GPT(GPTConfig(vocab_size=50, vocab_multiple=4, block_size=12, n_layer=1, n_head=2, n_embd=16, **model))
+
+
+def _table_gradients(model: GPT, ids: torch.Tensor, targets: torch.Tensor, compiled: bool) -> dict[str, torch.Tensor]:
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+    model.zero_grad()
+    forward(ids, targets).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_rows_gradient_joins_the_heads(compiled, monkeypatch):
+    """As autograd alone would sum the two; ids that repeat included."""
+    model = _tied()
+    ids = torch.tensor([[1, 1, 1, 7, 49, 0], [7, 2, 1, 3, 3, 48]])
+    targets = torch.tensor([[1, 1, 7, 49, 0, 2], [-100, 1, 3, 3, 48, 5]])
+    ours = _table_gradients(model, ids, targets, compiled)
+    monkeypatch.setattr(Embedding, "with_table", lambda self, ids: (self(ids), self.weight))
+    torch._dynamo.reset()
+    plain = _table_gradients(model, ids, targets, compiled)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+    monkeypatch.undo()
+    # a table that somebody else holds is not written to
+    upstream = torch.ones(52, 16)
+    rows, table = model.wte.with_table(ids)
+    torch.autograd.backward([rows, table], [torch.ones_like(rows), upstream])
+    assert torch.equal(upstream, torch.ones(52, 16))
+
+
+def test_the_compiled_backward_writes_the_rows_into_the_heads_gradient():
+    """No table of zeros is made for them, and no second table is added."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    model = _tied()
+    ids = torch.randint(50, (2, 12))
+
+    def run():
+        torch.compile(model, fullgraph=True)(ids, ids).backward()
+
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        _, code = run_and_get_code(run)
+    assert "embedding_dense_backward" not in "".join(code) and "index_put" in "".join(code)

@@ -5,6 +5,7 @@ tests/engine/test_syncs.py has what the mode sees, and faults planted in clip, u
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import textwrap
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from fake_gpu import DEVICE, MODELS, B, T, batch, build, layers, present, scalars, serving
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritium.engine import metrics, syncs, train
+from tritium.engine import host, metrics, syncs, train
 from tritium.engine.optim import AdamW
 from tritium.engine.parallel import World
 from tritium.engine.report import Reporter
@@ -92,6 +93,19 @@ class Reads(Reporter):
         self.shown.append((p.step, self.started))
 
 
+class Streams:
+    """torch.cuda's streams, which a build for the CPU lacks, as far as engine/host.py uses them."""
+
+    def Stream(self):
+        return mock.Mock(spec=["record_event"])
+
+    def current_stream(self):
+        return mock.Mock(spec=["wait_event"])
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+
 def run_loop(monkeypatch, tmp_path, steps: int, log_every: int) -> tuple[list[str], list[tuple[int, int]]]:
     """The host's reads, and (step shown, steps started before that), of the loop on the fake GPU."""
     config = layers(MODELS["gpt2"], 1).replace(
@@ -108,6 +122,8 @@ def run_loop(monkeypatch, tmp_path, steps: int, log_every: int) -> tuple[list[st
         return original(*args)
 
     monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(train, "Ahead", lambda batches, device: host.Ahead(batches, device, Streams()))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     with present():
         engine = build(config)
         log = metrics.MetricsFile(tmp_path / "metrics.jsonl", 0)
@@ -135,7 +151,7 @@ def test_the_loop_waits_only_where_it_logs_and_a_step_late(monkeypatch, tmp_path
     [
         ("run", "step += 1", "step += 1; loss.item()", "engine/train.py"),
         ("run", "step += 1", "step += 1; torch.cuda.synchronize()", "engine/train.py"),
-        ("run", "next(batches).to(device)", "next(batches).to(device).ids.cpu()", "engine/train.py"),
+        ("run", "batches.fetch()", "batches.fetch(); work[0].ids.cpu()", "engine/train.py"),
         ("_log", "if self.log is not None:", "if self.engine.optimizer.skipped > 0:", "engine/train.py"),
     ],
     ids=["loss", "synchronize", "batch", "logger"],

@@ -14,7 +14,7 @@ from tritium.kernels.site import Machine, Site
 
 CPU = Machine("cpu", "x86_64")
 ISAS = native.isas() or ("missing",)
-OPS = ("layer_norm", "cross_entropy", "linear_cross_entropy", "adamw")
+OPS = ("layer_norm", "cross_entropy", "linear_cross_entropy", "adamw", "gelu")
 
 
 def call(op: str):
@@ -107,6 +107,7 @@ CASES = {
     ],
     "linear_cross_entropy": [],
     "adamw": [Case("tails", {"K": 9, "P": 37}, {"weight_decay": 0.1})],
+    "gelu": [Case(f"{F}", {"F": F}) for F in (15, 17, 8191, 8193)] + [Case("threads", {"N": 3, "F": 8192})],
 }  # fmt: skip
 
 

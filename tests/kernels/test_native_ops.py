@@ -15,6 +15,7 @@ cross_entropy = ops.cross_entropy.load("native").function
 linear_cross_entropy = ops.linear_cross_entropy.load("native").function
 adamw = ops.adamw.load("native").function
 global_norm = ops.global_norm.load("native").function
+gelu = ops.gelu.load("native").function
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -428,3 +429,47 @@ def test_a_gradient_of_the_heads_gradient_is_refused():
         (grad,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets, 16), weight, create_graph=True)
         with pytest.raises(RuntimeError, match="a gradient of its gradient was asked for"):
             grad.sum().backward()
+
+
+# ----------------------------------------------------------------------------------------------------------- gelu
+
+
+def test_gelu_gradients_are_the_slopes_of_its_own_forward():
+    x, upstream, direction = random(400) * 3, random(400, seed=1), random(400, seed=2)
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(gelu(leaf), leaf, upstream)
+
+    def along(value):
+        return (gelu(value).double() * upstream).sum()
+
+    assert (grad * direction).sum().item() == pytest.approx(slope(along, x, direction), rel=2e-3)
+
+
+def test_gelu_far_out_is_the_identity_or_zero():
+    """Where the cubic, its square or the exponential leaves fp32 as well."""
+    x = torch.tensor([1e2, 1e12, 1e13, 1e19, 1e30, 3e38, -1e2, -1e12, -1e13, -1e19, -1e30, -3e38], requires_grad=True)
+    y = gelu(x)
+    y.backward(torch.full_like(x, 2.0))
+    assert torch.equal(y[:6], x[:6]) and not y[6:].any()
+    assert x.grad.tolist() == [2.0] * 6 + [0.0] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_shows_nan_and_infinity_where_they_are(dtype):
+    x = random(40).to(dtype)
+    x[3], x[17] = torch.nan, torch.inf
+    x.requires_grad_()
+    y = gelu(x)
+    y.sum().backward()
+    assert y.isnan().nonzero().tolist() == [[3]] and y[17] == torch.inf
+    assert x.grad[3].isnan() and set(x.grad.isnan().nonzero().flatten().tolist()) <= {3, 17}
+
+
+def test_gelu_of_any_layout_and_alone_in_its_dtype():
+    x = random(6, 10)
+    for layout in LAYOUTS.values():
+        a, b = x.clone().requires_grad_(), layout(x).detach().requires_grad_()
+        ga, gb = (torch.autograd.grad(gelu(t), t, layout(random(6, 10, seed=5))) for t in (a, b))
+        assert torch.equal(gelu(a), gelu(b)) and torch.equal(ga[0], gb[0])
+    with pytest.raises(TypeError, match="x is torch.float64 on cpu; choose reference"):
+        gelu(x.double())

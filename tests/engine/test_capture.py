@@ -1,0 +1,200 @@
+"""A captured step is the step: on the CPU, with tapes of operators for CUDA graphs (tests/engine/tape.py)."""
+
+import copy
+
+import pytest
+import torch
+from tape import Tape, Tapes
+
+from tritium.engine import capture, train
+from tritium.engine.capture import WARM_UP, CapturedStep
+from tritium.engine.config import Config, ConfigError, GPTConfig, TrainConfig
+from tritium.engine.parallel import World
+from tritium.engine.step import MicroBatch, train_step
+
+STEPS = WARM_UP + 4
+
+
+class UndoingTapes(Tapes):
+    """Tapes whose recording leaves no trace in ``tensors``: a CUDA graph's runs nothing."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.tensors = tensors
+
+    def capture(self, function):
+        before, rng = [t.clone() for t in self.tensors], torch.get_rng_state()
+        replay = super().capture(function)
+        with torch.no_grad():
+            for tensor, value in zip(self.tensors, before, strict=True):
+                tensor.copy_(value)
+        torch.set_rng_state(rng)
+        return replay
+
+
+def config(micro_batches: int, precision: str = "fp32", **model) -> Config:
+    return Config(
+        name="small",
+        model=GPTConfig(vocab_size=61, vocab_multiple=4, block_size=16, n_layer=2, n_head=2, n_embd=24, **model),
+        train=TrainConfig(
+            batch_rows=2 * micro_batches, micro_rows=2, compile="false", precision=precision, deterministic="true"
+        ),
+    )
+
+
+def run(captured: bool, micro_batches: int, precision: str = "fp32", **model):
+    """Losses, norms and weights of some steps with changing rates, batches and numbers of targets; and the log."""
+    c = config(micro_batches, precision, **model)
+    torch.manual_seed(0)
+    data = torch.randint(61, (STEPS, micro_batches, 2, 17))
+    with train.settings(c, torch.device("cpu")):
+        engine = train.build(c)
+        lr, inverse_count = torch.zeros(()), torch.zeros(())
+        model_tensors = [*engine.model.parameters(), *engine.state().values()]
+        graphs = UndoingTapes(model_tensors)
+        step = CapturedStep(engine.loss, engine.optimizer, World(), micro_batches, graphs)
+        results = []
+        torch.manual_seed(1)
+        for i in range(STEPS):
+            batches = [MicroBatch(rows[:, :-1].clone(), rows[:, 1:].clone()) for rows in data[i]]
+            if i % 2:
+                batches[0].targets[0, :5] = -100
+            lr.fill_(1e-3 * (i + 1))
+            inverse_count.fill_(1.0 / sum(int((b.targets >= 0).sum()) for b in batches))
+            if captured:
+                results.append(step(batches, lr, inverse_count))
+            else:
+                results.append(train_step(engine.loss, engine.optimizer, batches, lr, inverse_count))
+        state = {k: v.clone() for k, v in engine.state().items()}
+    return results, state, graphs.log
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "precision", "model"),
+    [(1, "fp32", {}), (3, "fp32", {}), (1, "bf16", {}), (2, "bf16", {}), (2, "fp32", {"dropout": 0.2})],
+)
+def test_a_captured_step_is_the_step(micro_batches, precision, model):
+    plain, plain_state, _ = run(False, micro_batches, precision, **model)
+    ours, state, log = run(True, micro_batches, precision, **model)
+    for a, b in zip(plain, ours, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y)
+    assert len({loss.item() for loss, _ in ours}) == STEPS  # and none was written over by the next
+    for name, value in plain_state.items():
+        assert torch.equal(value, state[name]), name
+    graphs = 1 if micro_batches == 1 else 2
+    replays = ["replay 0"] if graphs == 1 else [*["replay 0"] * micro_batches, "replay 1"]
+    assert log == ["warm"] * WARM_UP + [f"capture {i}" for i in range(graphs)] + replays * (STEPS - WARM_UP)
+
+
+FAULTS = {
+    "the learning rate stays as captured": ("self.lr.copy_(lr)", "pass"),
+    "so does the number of targets": ("self.inverse_count.copy_(inverse_count)", "pass"),
+    "the batch stays as captured": ("self._put(batch)", "pass"),
+    "the update comes before the last micro-batch": (
+        "for batch in batches:", "self.replay[-1]()\n    for batch in batches:"),
+    "what is returned is written over": ("self.mean.clone(), self.norm.clone()", "self.mean, self.norm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(fault, monkeypatch):
+    import inspect
+    import textwrap
+
+    before, after = FAULTS[fault]
+    source = textwrap.dedent(inspect.getsource(CapturedStep.__call__))
+    assert before in source
+    names = {}
+    exec(source.replace(before, after), vars(capture), names)
+    monkeypatch.setattr(CapturedStep, "__call__", names["__call__"])
+    with pytest.raises((AssertionError, AttributeError)):
+        test_a_captured_step_is_the_step(2, "fp32", {})
+
+
+def test_gradients_that_are_not_zeroed_are_seen(monkeypatch):
+    monkeypatch.setattr(torch, "_foreach_zero_", lambda tensors: None)
+    with pytest.raises(AssertionError):
+        test_a_captured_step_is_the_step(2, "fp32", {})
+
+
+def test_another_shape_or_number_of_micro_batches_is_an_error():
+    c = config(1)
+    engine = train.build(c)
+    step = CapturedStep(engine.loss, engine.optimizer, World(), 1, Tapes())
+    lr, inverse_count = torch.tensor(1e-3), torch.tensor(1 / 32)
+
+    def batch(rows):
+        return MicroBatch(torch.zeros(rows, 16, dtype=torch.int64), torch.zeros(rows, 16, dtype=torch.int64))
+
+    with pytest.raises(ValueError, match=r"has 1 micro-batch\(es\) and was given 2"):
+        step([batch(2), batch(2)], lr, inverse_count)
+    for _ in range(WARM_UP + 1):
+        step([batch(2)], lr, inverse_count)
+    with pytest.raises(ValueError, match=r"of shape \(2, 16\) and was given \(3, 16\)"):
+        step([batch(3)], lr, inverse_count)
+
+
+def test_cuda_graphs_need_a_gpu():
+    c = config(1).replace(train={"cuda_graphs": "true"})
+    with pytest.raises(ConfigError, match="captures the work of a GPU and this run is on cpu"):
+        train.build(c)
+    c = c.replace(train={"recompute": "full"}, model={"dropout": 0.1})
+    assert any("must draw the same random numbers" in problem for problem in c.problems())
+
+
+def test_cuda_graphs_are_captured_on_the_stream_that_warmed_up(monkeypatch):
+    """The order of torch.cuda's calls, on a stand-in for it."""
+    log = []
+
+    class Stream:
+        count = 0
+
+        def __init__(self):
+            Stream.count += 1
+            self.name = f"stream {Stream.count}"
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    main = Stream()
+
+    class Using:
+        def __init__(self, what):
+            self.what = what
+
+        def __enter__(self):
+            log.append(f"enter {self.what}")
+
+        def __exit__(self, *exc):
+            log.append(f"leave {self.what}")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: Using(s.name))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda g, pool, stream: Using(f"graph in {pool} on {stream.name}"))
+    graphs = capture.CudaGraphs()
+    with graphs.warming():
+        log.append("work")
+    graphs.capture(lambda: log.append("work"))()
+    assert log == [
+        "stream 2 waits for stream 1", "enter stream 2", "work", "leave stream 2", "stream 1 waits for stream 2",
+        "enter graph in pool on stream 2", "work", "leave graph in pool on stream 2", "replay",
+    ]  # fmt: skip
+
+
+def test_the_tape_sees_what_the_host_decided():
+    """The tape itself: a number that the host read while recording stays as it was."""
+    x, y = torch.ones(3), torch.zeros(3)
+    tape = Tape()
+    with tape:
+        y.copy_(x * 2 + copy.copy(x[0].item()))
+    x.fill_(5.0)
+    tape.replay()
+    assert y.tolist() == [11.0] * 3
