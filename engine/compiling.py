@@ -5,7 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
+import json
 import pathlib
+import platform
+import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,22 +94,76 @@ def sources() -> str:
 
 def save_cache(path: pathlib.Path) -> int:
     """Write what this process compiled, for ``load_cache`` here or on another machine of the same kind; returns the
-    bytes written, 0 where there is nothing to write. OSError where the disk does not take it.
+    bytes written, 0 where nothing was compiled. OSError where the disk does not take it.
     """
     found = torch.compiler.save_cache_artifacts()
     if found is None:
         return 0
-    checkpoint.write_whole(path, hashlib.sha256(found[0]).digest() + found[0])
-    return len(found[0])
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("machine", machine())
+        archive.writestr("artifacts", found[0])
+        for file in _libraries():
+            archive.write(file, str(pathlib.PurePath("libraries", file.parent.name, file.name)))
+    checkpoint.write_whole(path, content.getvalue())
+    return len(content.getvalue())
 
 
 def load_cache(path: pathlib.Path) -> bool:
-    """Give the compiler what ``save_cache`` wrote; whether there was such a file. What was compiled from other sources,
-    by other versions or for another processor has another key, and is not used. ValueError for a file that is damaged.
+    """Give the compiler what ``save_cache`` wrote; whether it is of use here: there is such a file, from a machine of
+    this kind. What was compiled from other sources or with other settings has another key, and is not used. ValueError
+    for a file that is damaged.
     """
     if not path.exists():
         return False
-    content = path.read_bytes()
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        raise ValueError(f"{path} is damaged: its checksum differs from its content")
-    return torch.compiler.load_cache_artifacts(content[32:]) is not None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = {name: archive.read(name) for name in archive.namelist()}  # each is held to its checksum
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if files.pop("machine", b"").decode() != machine():
+        return False
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = pathlib.Path(cache_dir())
+    artifacts = files.pop("artifacts")
+    for name, content in files.items():
+        _, inner, file = pathlib.PurePath(name).parts  # written above: one folder deep
+        target = folder / inner / file
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_whole(target, content)
+    return torch.compiler.load_cache_artifacts(artifacts) is not None
+
+
+def machine() -> str:
+    """What a library depends on that was compiled here for this very processor, of which its key knows little."""
+    flags = model = ""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                model = value.strip()
+            if name.strip() in ("flags", "Features"):
+                flags = hashlib.sha256(value.encode()).hexdigest()[:16]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return json.dumps([platform.machine(), model, flags, platform.libc_ver(), sys.version, torch.__version__, gpu])
+
+
+def _libraries() -> list[pathlib.Path]:
+    """The C++ libraries of the compiler's cache that this process used; what torch's own artifacts leave out."""
+    from torch._inductor.codecache import CppCodeCache, CppPythonBindingsCodeCache, CppWrapperCodeCache
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = pathlib.Path(cache_dir())
+    used = {key for cache in (CppCodeCache, CppPythonBindingsCodeCache, CppWrapperCodeCache) for key in cache.cache}
+    found = []
+    for file in folder.glob("*/*.so"):
+        if file.name.partition(".")[0] in used:
+            found.append(file)
+        elif ".main." not in file.name:  # programs that ask what the processor and the compiler can do
+            with contextlib.suppress(OSError):
+                head = file.with_suffix(".cpp").read_text()
+                if "_chk_kernel" in head or "CPU_CAPABILITY" in head:
+                    found.append(file)
+    return found

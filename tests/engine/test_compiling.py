@@ -1,6 +1,7 @@
 """Compiled as one graph or block by block: the same training; and what was compiled, kept with a run."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -99,26 +100,44 @@ def start(path, cache, **environment):
 
 
 def test_what_was_compiled_serves_another_process_with_an_empty_cache(tmp_path):
-    path = tmp_path / "compile_cache.bin"
-    cold = start(path, tmp_path / "one")
+    path, compiler, called = tmp_path / "compile_cache.bin", tmp_path / "c++", tmp_path / "called.txt"
+    compiler.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {called}\nexec {shutil.which("g++")} "$@"\n')
+    compiler.chmod(0o755)
+    cold = start(path, tmp_path / "one", CXX=str(compiler))
     assert cold["written"] > 1000 and not cold["loaded"] and cold["fxgraph_cache_miss"] > 0
     assert cold["autograd_cache_bypass"] == 0
-    warm = start(path, tmp_path / "two")
+    assert ".cpp" in called.read_text()
+    called.write_text("")
+    warm = start(path, tmp_path / "two", CXX=str(compiler))
     assert warm["loaded"] and warm["losses"] == cold["losses"]
     assert warm["fxgraph_cache_miss"] == 0 and warm["autograd_cache_miss"] == 0 and warm["autograd_cache_hit"] > 0
+    assert ".cpp" not in called.read_text()  # no library was compiled again
 
 
-def test_a_damaged_file_is_named_and_not_read(tmp_path, monkeypatch):
-    path = tmp_path / "compile_cache.bin"
+def test_what_is_damaged_is_named_and_of_another_machine_not_used(tmp_path, monkeypatch):
+    path = tmp_path / "run" / "compile_cache.bin"
+    path.parent.mkdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     assert not compiling.load_cache(path)
-    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"artifacts", None))
-    assert compiling.save_cache(path) == 9
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"artifacts" * 100, None))
+    library = tmp_path / "cache" / "ab" / "cab.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"library")
+    library.with_suffix(".cpp").write_text("void __avx_chk_kernel() {}")
+    assert compiling.save_cache(path) == path.stat().st_size
     read = []
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda content: read.append(content) or object())
-    assert compiling.load_cache(path) and read == [b"artifacts"]
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"compile_cache.bin is damaged"):
-        compiling.load_cache(path)
+    library.unlink()
+    assert compiling.load_cache(path) and read == [b"artifacts" * 100] and library.read_bytes() == b"library"
+    with monkeypatch.context() as other:
+        other.setattr(compiling, "machine", lambda: "another")
+        assert not compiling.load_cache(path)
+    whole = path.read_bytes()
+    middle = whole.index(b"artifacts") + 20
+    for damaged in (whole[:-1], whole[:50], whole[:middle] + b"?????" + whole[middle + 5 :], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"compile_cache.bin is damaged"):
+            compiling.load_cache(path)
     assert len(read) == 1
 
 
