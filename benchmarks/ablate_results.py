@@ -242,6 +242,8 @@ def ranking(result: Mapping[str, Any], op: str) -> tuple[list[str], str]:
     first must be faster than the baseline, or be the baseline and faster than every other. Backends were held to their
     contract, and what the record says of its own timing holds.
     """
+    from tritium.kernels.ops import OPS
+
     if not result["settings"]["gate"] or result["twin"] is None:
         return [], "without contract and twin nothing shows that a backend is right and faster"
     for check in result["checks"]:
@@ -255,6 +257,8 @@ def ranking(result: Mapping[str, Any], op: str) -> tuple[list[str], str]:
 
     for row in result["arms"]:
         backends = {line["backend"] for line in row["kernels"] if line["op"] == op}
+        if any("." not in name and OPS[op].load(name).precision is not None for name in backends):
+            continue  # auto never means it: that its step is quicker says nothing of what is learned
         if row["ratio"] is not None and len(backends) == 1 and else_(row) == else_(first):
             arms.setdefault(backends.pop(), row)
     if first not in arms.values() or len(arms) < 2:
@@ -304,7 +308,7 @@ def write_tuning(result: Mapping[str, Any], op: str, baseline: Config) -> str:
     path = tuning_file(machine["device"])
     scope = {
         "arch": machine["arch"], "op": op, "compiled": first["compiled"],
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[first["precision"]], "phase": "train",
+        "dtype": "float32" if first["precision"] == "fp32" else "bfloat16", "phase": "train",
     }  # fmt: skip
     before = path.read_text() if path.exists() else "[]"
     entries = json.loads(before)

@@ -17,6 +17,7 @@ from tritium.engine import train
 from tritium.engine.config import Config, KernelsConfig
 from tritium.engine.parallel import World
 from tritium.engine.step import MicroBatch
+from tritium.kernels.ops import OPS
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 PARTS = {
@@ -96,10 +97,15 @@ def build(config: Config, device: str = "cpu", B: int = 1, world: World | None =
     return Training(config, device, B, world)
 
 
+def precision(engine: train.Engine) -> str:
+    """Of an engine's products in training: "fp32", "bf16", or "fp8" where any of them is."""
+    bound = {OPS[row.op].load(row.backend) for row in engine.table if row.phase == "train"}
+    return next((b.precision for b in bound if b.precision is not None), PRECISION[engine.dtype])
+
+
 def describe(training: Training) -> dict[str, Any]:
     """For records: the settings that ``auto`` resolved to, and the kernel table."""
     engine = training.engine
-    precision = PRECISION[engine.dtype]
     mode = "compiled" if engine.compiled else "eager"
-    variant = ", ".join([precision, mode, *(["deterministic"] if training.deterministic else [])])
+    variant = ", ".join([precision(engine), mode, *(["deterministic"] if training.deterministic else [])])
     return {"variant": variant, "kernels": [dataclasses.asdict(row) for row in engine.table if row.phase == "train"]}

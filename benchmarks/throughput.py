@@ -48,7 +48,7 @@ SHAPES = {
 }  # (T, B)
 VOCAB_SIZE = 1024  # for a preset that takes its vocabulary from the data: what the tiny preset's tokenizer has
 LOSS_STEPS = 3
-LOSS_BOUNDS = {"fp32": 2e-5, "bf16": 2e-3}  # relative, on every step's loss
+LOSS_BOUNDS = {"fp32": 2e-5, "bf16": 2e-3, "fp8": 2e-2}  # relative, on every step's loss
 FILL = 0.9  # of the free memory, that the arms of one comparison may hold
 NEAR = 0.05  # a variant this close to its peer's best in the screening is timed as well,
 FINALISTS = 2  # up to so many of BASELINE and of MEASURE; of the other peers the best
@@ -412,7 +412,7 @@ def equal_losses(arms: Mapping[str, tuple[Sequence[float], str]]) -> dict[str, A
     (first, (wanted, first_variant)), *rest = arms.items()
     worst, found = 0.0, []
     for key, (losses, variant) in rest:
-        bound = LOSS_BOUNDS["bf16" if "bf16" in variant or "bf16" in first_variant else "fp32"]
+        bound = max(LOSS_BOUNDS[p] for p in LOSS_BOUNDS if p == "fp32" or p in variant or p in first_variant)
         for step, (a, b) in enumerate(zip(wanted, losses, strict=True)):
             relative = abs(a - b) / abs(a)
             worst = max(worst, relative)

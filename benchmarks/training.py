@@ -518,7 +518,7 @@ def bench(
             "compiled": training.engine.compiled, "first_step_s": first_step_s, "seconds": compile_s,
             "graphs": settled.graphs, "graph_breaks": compiled.breaks, "compiled_after_warm_up": later.graphs,
         },
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch.") + " and fp8" * (ours.precision(training.engine) == "fp8"),
         "deterministic": training.deterministic,
         "warm_up": {"runs": warm.runs, "stable": warm.stable},
         "noise": timing.noise(samples["step"]),

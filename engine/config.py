@@ -7,6 +7,7 @@ returns a Config.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import pathlib
 from collections.abc import Mapping
@@ -150,10 +151,15 @@ class TrainConfig:
     """Rows (sequences of block_size tokens) per optimizer step, over all processes."""
     micro_rows: int = 16
     """Rows per forward/backward on one process; batch_rows must be a multiple of micro_rows × processes."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: compute weights in bf16 beside fp32 masters. auto: bf16 where the device multiplies bf16 matrices faster
-    than fp32 ones (on a CPU: measured), else fp32.
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """bf16: compute weights in bf16 beside fp32 masters. fp8: as bf16, with the matrix products of fp8_layers in fp8
+    (on a CPU: emulated, at no gain in speed). auto: bf16 where the device multiplies bf16 matrices faster than fp32
+    ones (on a CPU: measured), else fp32.
     """
+    fp8_recipe: Literal["tensorwise", "rowwise"] = "rowwise"
+    """With precision=fp8: one scale a matrix (less work, coarser), or one a row and column."""
+    fp8_layers: tuple[str, ...] = ("blocks.*",)
+    """With precision=fp8: patterns of the layers whose products are in fp8, as in blocks.*.mlp.* and head."""
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile of forward and backward as one graph. auto: if this machine can; true: or fail."""
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
@@ -345,6 +351,11 @@ class Config:
         for section, name in ((o, "min_lr_fraction"), (o, "decay_fraction")):
             if not 0.0 <= getattr(section, name) <= 1.0:
                 found.append(f"{_section(section)}.{name} must be in [0, 1], not {getattr(section, name)}")
+        if t.precision == "fp8" and not t.fp8_layers:
+            found.append(
+                "train.precision=fp8 and train.fp8_layers names no layer, so that all would be bf16; give patterns "
+                "such as 'blocks.*', or use train.precision=bf16"
+            )
         share = t.micro_rows * world_size
         if t.batch_rows >= 1 and t.micro_rows >= 1 and t.batch_rows % share:
             near = max(share, t.batch_rows // share * share)
@@ -364,6 +375,17 @@ class Config:
                 "data.sources is empty and data.folder is not set: there is nothing to train on; give files, or demo"
             )
         return found
+
+    def kernel_choices(self) -> dict[str, str]:
+        """The mapping that tritium.kernels.op.bind takes: what precision=fp8 chooses, and ``kernels``, which overrides
+        it by places."""
+        chosen: dict[str, str] = {}
+        if self.train.precision == "fp8":
+            for pattern in self.train.fp8_layers:
+                chosen[f"{pattern}:linear"] = f"fp8_{self.train.fp8_recipe}"
+                if fnmatch.fnmatch("head", pattern) and self.model.fused_loss:
+                    chosen[f"{pattern}:linear_cross_entropy"] = f"fp8_{self.train.fp8_recipe}"
+        return chosen | self.kernels.choices()
 
     def check(self, world_size: int = 1) -> None:
         """Raise ConfigError with every problem."""

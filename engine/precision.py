@@ -1,8 +1,11 @@
-"""bf16 compute weights beside fp32 masters.
+"""bf16 compute weights beside fp32 masters, and where fp8 comes in.
 
 The matrices that GEMMs read (and their biases) live in the model in the compute dtype; the optimizer owns their fp32
 masters and writes the copies in the same pass as the update. Embeddings, norms and the head stay fp32: they are read
 row-wise or cast inside their op.
+
+fp8 is bf16 with other kernels: all tensors are as there, and the matrix products of chosen layers round their operands
+to fp8 on the way in (kernels/lib/fp8.py; Config.kernel_choices says which). So a checkpoint knows nothing of it.
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ from tritium.kernels.site import interpreting
 
 
 def resolve(precision: str, device: torch.device) -> torch.dtype:
-    """The compute dtype for "auto", "fp32" or "bf16". auto is bf16 where the device multiplies bf16 matrices faster
-    than fp32 ones, except in Triton's interpreter, which cannot compute in it.
+    """The compute dtype for "auto", "fp32", "bf16" or "fp8". auto is bf16 where the device multiplies bf16
+    matrices faster than fp32 ones, except in Triton's interpreter, which cannot compute in it.
     """
     if precision == "fp32" or (precision == "auto" and interpreting()):
         return torch.float32
-    if precision == "bf16":
+    if precision in ("bf16", "fp8"):
         return torch.bfloat16
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)

@@ -38,6 +38,7 @@ KEEPABLE = (
 _TORCH = {
     "mm": "linear",
     "addmm": "linear",
+    "_scaled_mm": "linear",  # in fp8
     "native_layer_norm": "layer_norm",
     "gelu": "gelu",
     "flex_attention": "attention",

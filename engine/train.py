@@ -170,7 +170,7 @@ def _bind(
     holders: Sequence[Any], config: Config, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> list[op.Row]:
     return op.bind(
-        holders, config.kernels.choices(), machine=Machine.here(device), dtype=dtype, compiled=compiled,
+        holders, config.kernel_choices(), machine=Machine.here(device), dtype=dtype, compiled=compiled,
         deterministic=is_deterministic(config, device),
     )  # fmt: skip
 

@@ -17,6 +17,10 @@ mean square (rms). The constants are FACTOR and FLOORS; docs/numerics.md explain
     runs inside one full graph of torch.compile, where the fakes of its custom ops tell the truth,
     and never lets the host wait for a GPU that it could serve (where a watcher is given).
 
+A backend whose module says ``PRECISION = "fp8"`` is held to the reference on operands that are rounded to fp8's
+digits, and on operands that have no more than those: there rounding changes nothing, and the bound is the compute
+dtype's.
+
 A case that a backend refuses through ``unsupported(site)`` is reported as refused, never as passed.
 """
 
@@ -67,6 +71,11 @@ OP_FLOORS: Mapping[tuple[str, torch.dtype], tuple[float, float]] = {
 FEW, FEW_FACTOR = 16, 4.0
 # tensors whose floor is the compute dtype's although they are wider: one sum over logits rounded to the compute dtype
 COARSE = frozenset({("linear_cross_entropy", "output")})
+# What PRECISION = "fp8" rounds to: significant bits of the arguments (e4m3) and of upstream gradients (e5m2).
+ARGUMENT_BITS, UPSTREAM_BITS = 4, 3
+# Of operands that come up inside an op (the gradient of the logits) the reference rounds none: u, of e5m2, is added to
+# the floors of the gradients that are made of them. They lie on no grid, so there only the output is looked at.
+INNER_OPERANDS: Mapping[str, float] = {"linear_cross_entropy": 2.0**-3}
 Watch = Callable[[], contextlib.AbstractContextManager[object]]
 GPU = Machine("cuda", "sm_90")  # with this machine's packages
 VARIANTS = ("plain", "strided", "expanded", "partial", "no_grad")
@@ -296,10 +305,19 @@ def _check_function(
         arguments = {n: v.detach() if isinstance(v, Tensor) else v for n, v in arguments.items()}
     call = _prepared(backend, _compile(backend.function, compiled))
 
+    fp8 = backend.precision == "fp8"
+
+    def alike(arguments: Mapping[str, Any], upstream: Sequence[Tensor]) -> _Result:
+        """The reference in the backend's precision."""
+        if fp8:
+            arguments = {n: _digits(v, ARGUMENT_BITS) for n, v in arguments.items()}
+            upstream = [_digits(g, UPSTREAM_BITS) for g in upstream]
+        return _run(op.reference, arguments, upstream, train)
+
     first = _run(op.reference, arguments, None, train)
     upstream = _upstream(first.outputs, seed)
     exact = _run(op.reference, _wide(arguments), _wide(upstream), train)
-    same = _run(op.reference, arguments, upstream, train)
+    same = alike(arguments, upstream)
     masks = op.cases.exact_zeros(case, arguments) if hasattr(op.cases, "exact_zeros") else {}
 
     def compare(variant: str, got: _Result, exact: _Result, same: _Result) -> None:
@@ -308,7 +326,8 @@ def _check_function(
                 f"{variant}: returns {', '.join(got.names())} where the reference returns {', '.join(same.names())}"
             )
         for name, value in got.items():
-            errors.append(_compare(op, variant, name, value, exact[name], same[name], dtype, exact.scale))
+            inner = INNER_OPERANDS.get(op.name, 0.0) if fp8 and name not in exact.outputs_only() else 0.0
+            errors.append(_compare(op, variant, name, value, exact[name], same[name], dtype, exact.scale, inner))
             mask = masks.get(name)
             if mask is not None and bool((value[mask] != 0).any()):
                 raise _Broken(f"{variant} {name}: must be exactly 0 where the op says so (padding, ignored rows)")
@@ -318,6 +337,14 @@ def _check_function(
             with contextlib.nullcontext() if compiled else _poisoned():
                 got = _run(call, arguments, upstream, train, unchanged=True)
             compare(variant, got, exact, same)
+            if fp8:
+                grid = {n: _on_grid(v, ARGUMENT_BITS) for n, v in arguments.items()}
+                above = [_on_grid(g, UPSTREAM_BITS) for g in upstream]
+                want, near = _run(op.reference, _wide(grid), _wide(above), train), alike(grid, above)
+                got_there = _run(call, grid, above, train)
+                if op.name in INNER_OPERANDS:
+                    got_there, want, near = (r.outputs_only() for r in (got_there, want, near))
+                compare("on the grid", got_there, want, near)
             if getattr(backend.module, "DETERMINISTIC", False):
                 with contextlib.nullcontext() if compiled else _poisoned():
                     again = _run(call, arguments, upstream, train)
@@ -348,10 +375,7 @@ def _check_function(
                     )
         elif variant == "expanded" and train:
             one = [g.flatten()[:1].reshape([1] * g.dim()).expand(g.shape) if g.numel() else g for g in upstream]
-            want, near = (
-                _run(op.reference, _wide(arguments), _wide(one), True),
-                _run(op.reference, arguments, one, True),
-            )
+            want, near = _run(op.reference, _wide(arguments), _wide(one), True), alike(arguments, one)
             compare(variant, _run(call, arguments, one, train, unchanged=True), want, near)
         elif variant == "partial" and train and not compiled:
             differentiable = [n for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
@@ -476,6 +500,9 @@ class _Result(dict[str, Tensor]):
     def only(self, other: _Result) -> _Result:
         return _Result({n: v for n, v in self.items() if n in other})
 
+    def outputs_only(self) -> _Result:
+        return _Result({n: v for n, v in self.items() if n.startswith("output")})
+
 
 def _run(
     function: Callable[..., Any],
@@ -586,6 +613,32 @@ def _wide(value: Any) -> Any:
     return value
 
 
+def _digits(value: Any, bits: int) -> Any:
+    """The same with ``bits`` significant bits; what is no floating tensor of an axis or more, as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
+        return value
+    with torch.no_grad():
+        mantissa, exponent = torch.frexp(value.float())
+        near = torch.ldexp((mantissa * 2.0**bits).round() / 2.0**bits, exponent).to(value.dtype)
+    return near.requires_grad_(value.requires_grad)
+
+
+def _on_grid(value: Any, bits: int) -> Any:
+    """Like ``value``, in numbers that fp8 holds exactly: ``bits`` significant bits, six binary places, and a largest
+    number of 3.5 in every row and column, so that a scale that follows it is a power of two."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0 or value.numel() == 0:
+        return value
+    with torch.no_grad():
+        rows = value.detach().float().reshape(-1, value.shape[-1])
+        rows = _digits(rows * (3.5 / rows.abs().max().clamp(min=torch.finfo(torch.float32).tiny)), bits)
+        rows = torch.where(rows.abs() < 2.0**-6, 0.0, rows)
+        diagonal = torch.arange(max(rows.shape), device=value.device)
+        at = (diagonal % rows.shape[0], diagonal % rows.shape[1])
+        rows[at] = torch.full_like(rows[at], 3.5).copysign(rows[at])
+        made = rows.reshape(value.shape).to(value.dtype)
+    return made.requires_grad_(value.requires_grad)
+
+
 def _strided(value: Any, kind: int) -> Any:
     """The same values in one of three other layouts, the gaps filled with NaN (integers: 0, to stay in range)."""
     if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 0:
@@ -612,9 +665,11 @@ def _finite(value: Tensor) -> Tensor:
 
 
 def _compare(
-    op: Op, variant: str, name: str, got: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype, scale: float
-) -> Compared:
-    """``scale`` stands in for the size of a result that is nothing beside it: errors are those of what cancelled."""
+    op: Op, variant: str, name: str, got: Tensor, exact: Tensor, same: Tensor, dtype: torch.dtype, scale: float,
+    inner: float = 0.0,
+) -> Compared:  # fmt: skip
+    """``scale`` stands in for the size of a result that is nothing beside it: errors are those of what cancelled.
+    inner: what is added to both floors, relative."""
     if got.shape != exact.shape:
         raise _Broken(f"{variant} {name}: shape {tuple(got.shape)} where the reference has {tuple(exact.shape)}")
     if got.dtype != same.dtype or got.device != same.device:
@@ -642,9 +697,9 @@ def _compare(
         variant,
         name,
         error.max().item(),
-        FACTOR * reference_error.max().item() + floor_max * u * largest,
+        FACTOR * reference_error.max().item() + (floor_max * u + inner) * largest,
         rms(error),
-        FACTOR * rms(reference_error) + floor_rms * u * typical,
+        FACTOR * rms(reference_error) + (floor_rms * u + inner) * typical,
     )
 
 

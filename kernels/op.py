@@ -73,6 +73,11 @@ class Backend:
         """A sentence when this backend has never been run on the device it is for."""
         return getattr(self.module, "UNPROVEN", None)
 
+    @property
+    def precision(self) -> str | None:
+        """ "fp8" where it rounds its operands to less than the compute dtype; None for the compute dtype."""
+        return getattr(self.module, "PRECISION", None)
+
 
 class Op:
     """One op. ``updates`` names the arguments it mutates; such an op has no autograd (the optimizer's).
@@ -231,13 +236,16 @@ def tuning() -> tuple[Tuned, ...]:
 
 
 def auto(op: Op, site: Site, entries: Sequence[Tuned] | None = None) -> tuple[str, str]:
-    """The backend ``auto`` means at this site, and why."""
+    """The backend ``auto`` means at this site, and why. Never one that computes in less than the site's dtype."""
     for entry in tuning() if entries is None else entries:
         if not entry.covers(site):
             continue
         passed: list[str] = []
         for name in entry.order:
-            reason = op.load(name).unsupported(site)
+            backend = op.load(name)
+            reason = backend.unsupported(site)
+            if backend.precision is not None:
+                reason = f"it computes in {backend.precision}, which is chosen by name alone"
             if reason is None:
                 why = f"auto: {entry.evidence}"
                 return name, why + (f" ({'; '.join(passed)})" if passed else "")

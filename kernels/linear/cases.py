@@ -1,6 +1,6 @@
 """Cases of linear. N rows (the product of the leading axes) · C input width · F output width.
 
-Options: bias (True).
+Options: bias (True); scale (1.0): of x; outlier (none): its last number, before it is scaled.
 """
 
 import math
@@ -20,6 +20,12 @@ CASES = (
     Case("three_axes_no_bias", {"B": 3, "T": 2, "C": 16, "F": 40}, {"bias": False}),
     Case("vector", {"C": 20, "F": 6}),
     Case("long_sum", {"N": 3, "C": 1030, "F": 7}),
+    # widths that fp8 takes; of the square one a transposed weight has the right shape too
+    Case("sixteens", {"N": 40, "C": 48, "F": 32}),
+    Case("sixteens_square", {"N": 21, "C": 32, "F": 32}, {"bias": False}),
+    Case("sixteens_small_numbers", {"B": 3, "T": 9, "C": 32, "F": 48},
+         {"bias": False, "scale": 2.0**-20, "outlier": 64.0}),
+    Case("sixteens_no_rows", {"N": 0, "C": 16, "F": 32}),
     *(
         Case(f"gpt2_{name}_{place}", {"N": 16384, "C": C * wide_in, "F": C * wide_out}, large=True)
         for name, C in _GPT2.items()
@@ -33,7 +39,7 @@ CASES = (
     # strides that no load of 16 bytes fits: GPT-2's own vocabulary, and widths that are odd throughout
     Case("odd_vocabulary", {"N": 16384, "C": 768, "F": 50257}, {"bias": False}, large=True),
     Case("odd_widths", {"N": 16384, "C": 777, "F": 3001}, large=True),
-)
+)  # fmt: skip
 
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, object]:
@@ -43,8 +49,13 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str, seed: int
     def make(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype).requires_grad_()
 
+    scale = case.options.get("scale", 1.0)
+    x = make(*leading(case), C, scale=scale)
+    if "outlier" in case.options:
+        with torch.no_grad():
+            x.view(-1)[-1] = case.options["outlier"] * scale
     return {
-        "x": make(*leading(case), C),
+        "x": x,
         "weight": make(F, C, scale=C**-0.5),
         "bias": make(F) if case.options.get("bias", True) else None,
     }

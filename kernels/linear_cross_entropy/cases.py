@@ -39,6 +39,9 @@ CASES = (
               **more})
         for name, more in (("same_dtype", {"master": False}), ("evaluation", {"with_grad": False}))
     ),
+    Case("sixteens", {"N": 40, "C": 32, "V": 61, "Vp": 64}),
+    Case("sixteens_everything", {"N": 37, "C": 48, "V": 90, "Vp": 96},
+         {"ignored": 0.2, "ignore_index": -1, "label_smoothing": 0.05, "z_loss": 1e-3, "softcap": 30.0, "chunk": 8}),
     *(Case(f"gpt2_{name}", {"N": 8192, "C": C, "V": 50257, "Vp": 50304}, large=True) for name, C in
       {"124m": 768, "350m": 1024, "774m": 1280, "1558m": 1600}.items()),
     Case("llama3_8b", {"N": 8192, "C": 4096, "V": 128256, "Vp": 128256}, large=True),

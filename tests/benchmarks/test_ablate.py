@@ -143,7 +143,7 @@ def test_an_axis_sets_its_field(axis, field, typed):
         (["few", "atention=sdpa,native"], "no axis 'atention'; the nearest are attention"),
         (["few", "attention=sdpa,natve"], "attention has no backend 'natve'; the nearest are native"),
         (["few", "kernels=auto,refrence"], "has no backend 'refrence'; the nearest are reference"),
-        (["few", "precision=fp32,fp61"], "one of auto, fp32, bf16, not 'fp61'"),
+        (["few", "precision=fp32,fp61"], "one of auto, fp32, bf16, fp8, not 'fp61'"),
         (["few", "micro_rows=4,x"], "wants a whole number, not 'x'"),
         (["few", "gelu"], "reads NAME=VALUE,VALUE"),
         (["few", "gelu=auto,"], "reads NAME=VALUE,VALUE"),
@@ -865,6 +865,37 @@ def test_no_order_is_written_on_a_noisy_machine_or_of_a_backend_that_others_lack
     status, _ = run(tmp_path / "own", f"gelu=reference,{name}", *SMALL, "--write-tuning")
     assert f"gelu: no order was written: {name} is the fastest, and a module that" in capsys.readouterr().out
     assert (status, tuning.read_text()) == (0, before)
+
+
+def test_an_arm_in_fp8_is_compared_and_auto_does_not_take_it(tmp_path, monkeypatch, tuning, capsys):
+    before = tuning.read_text()
+    monkeypatch.setattr(timing, "interleave", lambda *a: {
+        arm: timing.Samples(tuple((t, t) for t in wobble(50.0 if "fp8" in arm else 100.0))) for arm in a[0]
+    })  # fmt: skip
+    words = ["linear=reference,fp8_rowwise", *SMALL, "--train.precision", "bf16", "--write-tuning"]
+    status, result = run(tmp_path, *words)
+    row = by_name(result)["linear=fp8_rowwise"]
+    assert (status, row["status"], row["precision"], row["verdict"]) == (0, "ok", "fp8", "faster")
+    assert by_name(result)["linear=reference"]["precision"] == "bf16"
+    assert "linear: no order was written: fewer than two backends of it" in capsys.readouterr().out
+    assert tuning.read_text() == before
+
+
+def test_a_wrong_gradient_in_fp8_gets_no_speed(tmp_path, plant):
+    """The floors are wide; a fifth too much shows."""
+    fp8 = ops.OPS["linear"].load("fp8_rowwise")
+
+    def linear(x, weight, bias=None):
+        for _ in range(10):  # 1.02 each
+            weight = Scaled.apply(weight)
+        return fp8.function(x, weight, bias)
+
+    name = plant("linear", linear)
+    sys.modules[name].PRECISION = "fp8"
+    status, result = run(tmp_path, f"linear=reference,{name}", *SMALL, "--train.precision", "bf16", "--no-gate")
+    row = by_name(result)[f"linear={name}"]
+    assert (status, row["status"], row["precision"]) == (1, "red", "fp8")
+    assert "the gradient of" in row["reason"]
 
 
 def test_a_tuning_file_that_cannot_be_written_costs_no_result(tmp_path, monkeypatch, tuning, capsys):

@@ -140,9 +140,10 @@ def test_cells_that_do_not_fit_beside_others_are_timed_after_them(climb):
 def test_what_the_engine_lacks_is_not_built_yet_until_it_has_it(climb, monkeypatch):
     arms = [FakeArm(4.0, SAME)]
     cells = cells_of(climb(*arms, columns=("eager", "graphs", "fp8")))
-    assert [cell["status"] for cell in cells.values()] == ["ok", "needs a GPU", "not built yet"]
+    assert [cell["status"] for cell in cells.values()] == ["ok", "needs a GPU", "needs a GPU"]
     assert cells["+ CUDA graphs"]["reason"] == "a CPU has no CUDA graphs"
-    assert cells["+ fp8"]["reason"] == "the engine has no train.precision=fp8 yet"
+    assert cells["+ fp8"]["reason"].startswith("a CPU has no products of fp8 matrices: it emulates them")
+    assert cells["+ fp8"]["tokens_per_s"] is None
     assert ladder.GRAPHS.why_not() is None
     assert ladder.EAGER.why_not() is None
 
@@ -152,6 +153,15 @@ def test_what_the_engine_lacks_is_not_built_yet_until_it_has_it(climb, monkeypat
 
     monkeypatch.setattr(ladder, "TrainConfig", Earlier)
     assert ladder.GRAPHS.why_not() == "the engine has no train.cuda_graphs yet"
+    assert ladder.FP8.why_not() == "the engine has no train.precision yet"
+
+
+def test_fp8_has_a_configuration():
+    base = presets.load("gpt2_124m")
+    config = ladder.cell_config(base, ladder.FP8, "triton", "bf16")
+    assert (config.train.precision, config.train.cuda_graphs, config.kernels.default) == ("fp8", "true", "triton")
+    assert "fp8_rowwise" in config.kernel_choices().values()
+    assert ladder.cell_config(base, ladder.KERNELS, "triton", "bf16").train.precision == "bf16"
 
 
 def test_the_table_shows_speeds_and_why_there_is_none(climb):
@@ -229,3 +239,11 @@ def test_two_rungs_of_tiny_are_climbed(tmp_path, monkeypatch, capsys):
     assert cells["+ fused kernels"]["over_first"] is not None
     assert result["kernels"] and result["sources"]
     assert (tmp_path / "ladder_tiny_eager+kernels_T16_B1.md").read_text().strip() in capsys.readouterr().out
+
+
+def test_losses_in_fp8_have_a_bound_of_their_own():
+    def equal(loss, variant):
+        return ladder.throughput.equal_losses({"a": ([10.0], "bf16, compiled"), "b": ([loss], variant)})["ok"]
+
+    assert equal(10.15, "fp8, compiled") and not equal(10.25, "fp8, compiled")
+    assert equal(10.015, "bf16, compiled") and not equal(10.15, "bf16, compiled")

@@ -50,7 +50,7 @@ def test_train_help_shows_field_type_default_and_meaning(tritium, monkeypatch):
     words = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
     steps = presets.load("tiny").train.steps
     assert f"--train.steps INT Optimizer steps in the whole run. (default: {steps})" in words
-    assert "--train.precision {auto,fp32,bf16}" in words
+    assert "--train.precision {auto,fp32,bf16,fp8}" in words
     assert "Rows (sequences of block_size tokens) per optimizer step" in words  # the unit
     assert [n for n in cli.flags_of(Config) if f"--{n} " not in words and f"--{n}," not in words] == []
 

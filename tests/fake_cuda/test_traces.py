@@ -23,6 +23,9 @@ NOT_TRACED = {
     "liger": "needs the package liger-kernel",
     "quack": "needs the package quack-kernels",
     "cut_cross_entropy": "needs the package cut-cross-entropy",
+    **dict.fromkeys(
+        ("torchao_tensorwise", "torchao_rowwise", "torchao_rowwise_with_gw_hp"), "needs the package torchao"
+    ),
 }
 NOT_TRACED_WITH_DOCUMENTS = {"attention sdpa_flash": "torch's flash attention takes no mask, and documents"}
 # what an op's backend is called in a graph, where that is not OP_BACKEND
@@ -33,6 +36,8 @@ NAMES = {
     "attention sdpa_efficient": "_scaled_dot_product_efficient_attention",
     "attention flex": "flex_attention",
     "cross_entropy triton": "cross_entropy_triton_one_pass",  # gradients in forward, its backward a product that fuses
+    **{f"{op} fp8_{recipe}": "_scaled_mm" for op in ("linear", "linear_cross_entropy")
+       for recipe in ("tensorwise", "rowwise")},
     # an aten op that of all references only this one calls in these models
     "attention reference": "_softmax", "linear reference": "t", "embedding reference": "embedding",
     "layer_norm reference": "native_layer_norm", "rms_norm reference": "rsqrt", "rope reference": "cat",
@@ -110,12 +115,13 @@ class Traced:
                 continue
             assert name in forward, f"{op}={backend}: no {name} in the forward graph {sorted(forward)}"
             if backend != "reference":
-                fuses = name == NAMES["cross_entropy triton"]
+                fuses = name == NAMES["cross_entropy triton"] or (name == "_scaled_mm" and name in backward)
                 assert fuses or any(name in other and "backward" in other for other in backward), (
                     f"{op}={backend}: {backward}"
                 )
                 target = next(t for t in self.graphs.targets(0) if opname(t) == name)
-                assert recompute.op_of(target) == op, f"recompute does not know {name} as {op}"
+                known = "linear" if name == "_scaled_mm" else op
+                assert recompute.op_of(target) == known, f"recompute does not know {name} as {known}"
 
     def check_syncs(self) -> None:
         for graph in self.graphs.graphs:

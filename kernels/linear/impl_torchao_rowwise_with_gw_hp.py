@@ -1,0 +1,19 @@
+"""linear in fp8 by torchao's recipe rowwise_with_gw_hp (kernels/lib/torchao_linear.py): a scale for every row, and the
+weight's gradient in the compute dtype."""
+
+from torch import Tensor
+
+from tritium.kernels.lib import torchao_linear
+from tritium.kernels.site import Site
+
+PRECISION = torchao_linear.PRECISION
+UNPROVEN = torchao_linear.UNPROVEN
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See the reference; C and F are multiples of 16."""
+    return torchao_linear.linear(x, weight, bias, "rowwise_with_gw_hp")
+
+
+def unsupported(site: Site) -> str | None:
+    return torchao_linear.unsupported(site)
