@@ -314,13 +314,13 @@ def _marked(training: Training) -> Iterator[None]:
     step = engine.optimizer.step
     engine.optimizer.step = marked(step, "tritium::optimizer")  # type: ignore[method-assign]
     world = training.world
-    training.world = Marked(world.rank, world.size, world.device)
+    training.world = engine.world = Marked(world.rank, world.size, world.device)
     for site in sites:
         site.function = marked(site.function, f"tritium::op::{site.op.name}")
     try:
         yield
     finally:
-        training.world = world
+        training.world = engine.world = world
         del engine.optimizer.step  # type: ignore[method-assign]
         for site, function in zip(sites, before, strict=True):
             site.function = function

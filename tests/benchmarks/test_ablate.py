@@ -156,7 +156,7 @@ def test_an_axis_sets_its_field(axis, field, typed):
         (["few", "gelu=auto,triton", "--kernels.gelu=triton"], "--kernels.gelu sets what the axis gelu varies"),
         (["few", "gelu=auto"], "one arm and nothing to compare"),
         (["few", "optimizer=native,muon"], "adamw has no backend 'muon'"),
-        (["few", "gemm_layout=tn,nn"], "one of out_in, in_out, not 'tn'"),
+        (["few", "gemm_layout=tn,nn"], "one of auto, out_in, in_out, not 'tn'"),
         (["few", "seed=1,2"], "may mean data.seed or train.seed"),
         (["few", "train.seed=1,2"], "cannot be an axis: arms are compared from the same seed"),
         (["few", "run.keep=1,2"], "cannot be an axis: it decides where results go"),
