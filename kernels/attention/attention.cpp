@@ -1,14 +1,22 @@
 // Attention, forward and backward (mathematics: impl_native.py). q, k, v, y and their gradients fp32 or bf16,
-// arithmetic fp32. Every GEMM is one register-blocked kernel, `multiply`, on packed fp32 copies of a few hundred rows
+// softmax and sums fp32. Every GEMM is one register-blocked kernel, `multiply`, on packed copies of a few hundred rows
 // that stay in the second-level cache: in place the rows lie in few of its sets and would evict one another.
 //
-// Scores are kept in base 2, s = log2(e) · scale · q·k, with the factor folded into the packed q.
+// Packed copies are 32-bit words: a word is one fp32 number or, where bf16 inputs meet a CPU with dot products of bf16
+// (`PAIRED`), two bf16 numbers that are neighbours along the axis the GEMM sums over. The weights and their gradient
+// are then rounded to bf16 for the GEMMs that take them.
+//
+// Scores are kept in base 2, s = log2(e) · scale · q·k, with the factor folded into the packed q, or, where that is
+// bf16, multiplied to the product.
 #include <cfloat>
 #include <cmath>
 
 #include "vector.h"
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
 #endif
 
 namespace {
@@ -27,6 +35,17 @@ typedef float Vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef float Whole __attribute__((vector_size(4 * W)));
 typedef int32_t Int __attribute__((vector_size(4 * W)));
 typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+typedef uint32_t Word __attribute__((may_alias));
+typedef uint16_t Half __attribute__((may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+#ifdef __AVX512BF16__
+template <typename T>
+constexpr bool PAIRED = sizeof(T) == sizeof(bf16);
+#else
+template <typename T>
+constexpr bool PAIRED = false;
+#endif
 
 constexpr int64_t QUERIES = 256;  // a forward task: packing keys costs one step in a hundred of what they are used for
 constexpr int64_t ROWS = 64;      // a backward tile: ROWS × keys() of weights and of their gradients
@@ -35,6 +54,12 @@ constexpr int64_t SKEW = 16;      // between the rows of a tile: else the rows o
 constexpr int64_t up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 TRITIUM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 TRITIUM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The words of n numbers along the axis summed over.
+template <bool PAIRS>
+constexpr int64_t words(int64_t n) {
+  return PAIRS ? (n + 1) / 2 : n;
+}
 
 // Keys packed at a time: 64 to 256 KiB for each copy of them.
 int64_t forward_keys(int64_t D) { return D <= 64 ? 512 : D <= 128 ? 256 : 128; }
@@ -53,9 +78,10 @@ struct Problem {
   float scale, softcap;
   uint32_t threshold, seed;  // dropout: a weight whose hash is below the threshold is dropped
   float keep_scale;
+  bool paired;  // PAIRED of the dtype
 
   int64_t width() const { return up(D, W); }
-  // scores = q_factor · q·k, then softcap2 · tanh; dk = k_factor · Σ d(scores) q_factor q
+  // scores = q_factor · q·k, then softcap2 · tanh; dk = k_factor · Σ d(scores) q_factor q = scale · Σ d(scores) q
   float q_factor() const { return softcap > 0.0f ? scale / softcap : scale * 1.44269504f; }
   float k_factor() const { return softcap > 0.0f ? softcap : 0.693147181f; }
   float softcap2() const { return softcap * 1.44269504f; }
@@ -66,11 +92,20 @@ struct Problem {
 TRITIUM_INLINE Vec at(const float* p) { return *(const Vec*)p; }
 TRITIUM_INLINE void put(float* p, Vec x) { *(Vec*)p = x; }
 
-// c (MR, V vectors) = or += Σ over k < n of a(r, k) b(k, :). a(r, k) is a[r · lda + k], or a[k · lda + r] if
-// COLUMNS; vector v of b's row k starts at b[k · ldb + v · step].
-template <int V, bool COLUMNS>
+// sum + x · row, or with pairs the sum plus both products of x and of each word of row.
+template <bool PAIRS>
+TRITIUM_INLINE Vec fused(float x, Vec row, Vec sum) {
+#ifdef __AVX512BF16__
+  if constexpr (PAIRS) return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(x), (__m512bh)row);
+#endif
+  return sum + x * row;
+}
+
+// c (MR, V vectors) = factor · or += Σ over words k < n of a(r, k) b(k, :). a(r, k) is a[r · lda + k], or
+// a[k · lda + r] if COLUMNS; vector v of b's row k starts at b[k · ldb + v · step]. The factor is for pairs alone.
+template <bool PAIRS, int V, bool COLUMNS>
 void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t step, float* c, int64_t ldc, int64_t n,
-              bool add) {
+              bool add, float factor) {
   Vec sum[MR][V];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
@@ -84,7 +119,7 @@ void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t 
     for (int r = 0; r < MR; ++r) {
       const float x = COLUMNS ? a[k * lda + r] : a[r * lda + k];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] += x * row[v];
+      for (int v = 0; v < V; ++v) sum[r][v] = fused<PAIRS>(x, row[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 16
@@ -92,35 +127,67 @@ void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t 
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* to = c + r * ldc + v * W;
-      put(to, add ? at(to) + sum[r][v] : sum[r][v]);
+      put(to, add ? at(to) + sum[r][v] : PAIRS ? factor * sum[r][v] : sum[r][v]);
     }
 }
 
 // The same for any number of vectors.
-template <bool COLUMNS>
+template <bool PAIRS, bool COLUMNS>
 void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t step, float* c, int64_t ldc, int64_t n,
-             int64_t vectors, bool add) {
+             int64_t vectors, bool add, float factor = 1.0f) {
   int64_t v = 0;
   // NV + 1 are better cut in two pairs than into NV and 1, which alone leaves the multipliers waiting
   for (; v + NV <= vectors && v + NV + 1 != vectors; v += NV)
-    multiply<NV, COLUMNS>(a, lda, b + v * step, ldb, step, c + v * W, ldc, n, add);
-  for (; v + 2 <= vectors; v += 2) multiply<2, COLUMNS>(a, lda, b + v * step, ldb, step, c + v * W, ldc, n, add);
-  for (; v < vectors; ++v) multiply<1, COLUMNS>(a, lda, b + v * step, ldb, step, c + v * W, ldc, n, add);
+    multiply<PAIRS, NV, COLUMNS>(a, lda, b + v * step, ldb, step, c + v * W, ldc, n, add, factor);
+  for (; v + 2 <= vectors; v += 2)
+    multiply<PAIRS, 2, COLUMNS>(a, lda, b + v * step, ldb, step, c + v * W, ldc, n, add, factor);
+  for (; v < vectors; ++v)
+    multiply<PAIRS, 1, COLUMNS>(a, lda, b + v * step, ldb, step, c + v * W, ldc, n, add, factor);
 }
 
 // ----------------------------------------------------------------------------------------------------------- packing
 
-// to (n → padded rows, D → width): factor · from, zero where there is nothing.
-template <typename T>
+// Three packed forms: rows and panels for products that sum over D, lines for those that sum over the rows.
+
+// to (n → padded rows, words of D → width): factor · from, or `from` itself in pairs; zero where there is nothing.
+template <bool PAIRS, typename T>
 void pack_rows(const T* from, int64_t stride, int64_t n, int64_t padded, int64_t D, int64_t width, float factor,
                float* to) {
   for (int64_t i = 0; i < padded; ++i) {
-    float* row = to + i * width;
     const int64_t filled = i < n ? D : 0;
     const T* source = from + i * stride;
+    if constexpr (PAIRS) {
+      Half* row = (Half*)to + i * width;
 #pragma omp simd
-    for (int64_t d = 0; d < filled; ++d) row[d] = factor * load(source + d);
-    for (int64_t d = filled; d < width; ++d) row[d] = 0.0f;
+      for (int64_t d = 0; d < filled; ++d) row[d] = source[d].bits;
+      for (int64_t d = filled; d < width; ++d) row[d] = 0;
+    } else {
+      float* row = to + i * width;
+#pragma omp simd
+      for (int64_t d = 0; d < filled; ++d) row[d] = factor * load(source + d);
+      for (int64_t d = filled; d < width; ++d) row[d] = 0.0f;
+    }
+  }
+}
+
+// to (words of n, D → width): `from` itself, or two rows as one line of pairs, the last of an odd n beside zeros.
+template <bool PAIRS, typename T>
+void pack_lines(const T* from, int64_t stride, int64_t n, int64_t D, int64_t width, float* to) {
+  if constexpr (!PAIRS) {
+    pack_rows<false>(from, stride, n, n, D, width, 1.0f, to);
+  } else {
+    for (int64_t i = 0; i < n; i += 2) {
+      Word* const line = (Word*)to + i / 2 * width;
+      const T *const even = from + i * stride, *const odd = even + stride;
+      if (i + 1 < n) {
+#pragma omp simd
+        for (int64_t d = 0; d < D; ++d) line[d] = (uint32_t)even[d].bits | (uint32_t)odd[d].bits << 16;
+      } else {
+#pragma omp simd
+        for (int64_t d = 0; d < D; ++d) line[d] = even[d].bits;
+      }
+      for (int64_t d = D; d < width; ++d) line[d] = 0;
+    }
   }
 }
 
@@ -161,35 +228,90 @@ TRITIUM_INLINE void transpose(Vec* m) {
   if constexpr (W > 8) exchange_all<8 % W>(m);
 }
 
-// W values as fp32, of which the first n exist.
+// W numbers.
+TRITIUM_INLINE Vec some(const float* p) { return at(p); }
+TRITIUM_INLINE Vec some(const bf16* p) {
+  return (Vec)(__builtin_convertvector(*(const Halves*)p, Bits) << 16);  // a loop of `load` goes through memory
+}
+
+// W numbers as fp32, of which the first n exist.
 template <typename T>
 TRITIUM_INLINE Vec some(const T* p, int64_t n) {
+  if (n >= W) return some(p);
   float x[W];
-  if (n >= W) {
-#pragma omp simd
-    for (int d = 0; d < W; ++d) x[d] = load(p + d);
-  } else {
-    for (int d = 0; d < W; ++d) x[d] = d < n ? load(p + d) : 0.0f;
-  }
+  for (int d = 0; d < W; ++d) x[d] = d < n ? load(p + d) : 0.0f;
   return at(x);
 }
 
-// n rows of D as panels [n / W][D][W]: the D values of W rows side by side; rows that do not exist are zero.
-template <typename T>
+// W words of pairs, of whose numbers the first n exist.
+TRITIUM_INLINE Vec some_pairs(const bf16* p, int64_t n) {
+  if (n >= 2 * W) return at((const float*)p);
+  float x[W] = {};
+  for (int64_t d = 0; d < n; ++d) ((Half*)x)[d] = p[d].bits;
+  return at(x);
+}
+
+// n rows of D as panels [n / W][words of D][W]: the words of W rows side by side; rows that do not exist are zero.
+template <bool PAIRS, typename T>
 void pack_panels(const T* from, int64_t stride, int64_t n, int64_t D, float* to) {
-  for (int64_t j = 0; j < n; j += W, to += D * W)
-    for (int64_t d = 0; d < D; d += W) {
+  const int64_t depth = words<PAIRS>(D);
+  for (int64_t j = 0; j < n; j += W, to += depth * W)
+    for (int64_t d = 0; d < depth; d += W) {
       Vec m[W];
 #pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) m[r] = j + r < n ? some(from + (j + r) * stride + d, D - d) : Vec{};
+      for (int r = 0; r < W; ++r) {
+        const T* row = from + (j + r) * stride;
+        if constexpr (PAIRS)
+          m[r] = j + r < n ? some_pairs(row + 2 * d, D - 2 * d) : Vec{};
+        else
+          m[r] = j + r < n ? some(row + d, D - d) : Vec{};
+      }
       transpose(m);
-      if (D - d >= W) {
+      if (depth - d >= W) {
 #pragma GCC unroll 16
         for (int r = 0; r < W; ++r) put(to + (d + r) * W, m[r]);
       } else {
-        for (int r = 0; r < D - d; ++r) put(to + (d + r) * W, m[r]);
+        for (int r = 0; r < depth - d; ++r) put(to + (d + r) * W, m[r]);
       }
     }
+}
+
+// The numbers of two vectors rounded to one of pairs: neighbours, those of `first` before those of `second`, or each of
+// `first` with that of `second` beside it.
+#ifdef __AVX512BF16__
+TRITIUM_INLINE Vec neighbours(Whole first, Whole second) {
+  return (Vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+template <int... I>
+TRITIUM_INLINE Vec interleaved(Whole first, Whole second, Lanes<I...>) {
+  const Int order{(I | (I + W) << 16)...};
+  return (Vec)_mm512_permutexvar_epi16((__m512i)order, (__m512i)neighbours(first, second));
+}
+#else  // never called
+TRITIUM_INLINE Vec neighbours(Whole first, Whole) { return first; }
+template <int... I>
+TRITIUM_INLINE Vec interleaved(Whole first, Whole, Lanes<I...>) {
+  return first;
+}
+#endif
+
+// MR rows of numbers to rows of pairs, in place: [begin, end), multiples of W, becomes words [begin / 2, end / 2).
+TRITIUM_INLINE void pair_keys(float* rows, int64_t ld, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; j += 2 * W)
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      float* const row = rows + r * ld;
+      put(row + j / 2, neighbours(at(row + j), j + W < end ? (Whole)at(row + j + W) : Whole{}));
+    }
+}
+
+// MR rows of numbers to MR / 2 lines of pairs of queries.
+TRITIUM_INLINE void pair_queries(const float* rows, int64_t ld, int64_t begin, int64_t end, float* to) {
+  for (int64_t j = begin; j < end; j += W)
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r += 2)
+      put(to + r / 2 * ld + j,
+          interleaved(at(rows + r * ld + j), at(rows + (r + 1) * ld + j), typename Count<W>::type{}));
 }
 
 // ----------------------------------------------------------------------------------------------------------- masking
@@ -304,12 +426,12 @@ struct Forward {
 
   Forward(const Problem& p, Carver& c) {
     const int64_t width = p.width(), keys = up(least(forward_keys(p.D), most(p.Tk, 1)), W);
-    const int64_t queries = least(QUERIES, up(p.Tq, MR));
+    const int64_t queries = least(QUERIES, up(p.Tq, MR)), pair = p.paired ? 2 : 1;
     lds = keys + SKEW;
-    q = c.take(queries * width);
+    q = c.take(queries * width / pair);
     y = c.take(queries * width);
-    panels = c.take(keys * p.D);
-    v = c.take(keys * width);
+    panels = c.take(keys * width / pair);
+    v = c.take(keys * width / pair);
     scores = c.take(MR * lds);
     maximum = c.take(queries);
     total = c.take(queries * W);
@@ -350,18 +472,17 @@ void soften(float* s, int64_t lds, int64_t begin, int64_t end, const Span* seen,
       put(s + r * lds + j, x);
       sum[r] += x;
     }
+#pragma omp simd
+  for (int r = 0; r < MR; ++r) rescale[r] = vector_exp2(rescale[r]);
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) {
-    rescale[r] = vector_exp2(rescale[r]);
-    put(total + r * W, at(total + r * W) * rescale[r] + sum[r]);
-  }
+  for (int r = 0; r < MR; ++r) put(total + r * W, at(total + r * W) * rescale[r] + sum[r]);
 }
 
-template <typename T, bool CAP>
+template <typename T, bool CAP, bool PAIRS = PAIRED<T>>
 void forward_task(const Problem& p, const Forward& f, int64_t b, int64_t h, int64_t first, int64_t n, const T* q,
                   const T* k, const T* v, T* y, float* lse) {
   const int64_t width = p.width(), vectors = width / W, groups = up(n, MR) / MR, most_keys = forward_keys(p.D);
-  const int64_t g = h / (p.H / p.G);
+  const int64_t g = h / (p.H / p.G), row = words<PAIRS>(width), depth = words<PAIRS>(p.D);
   Span seen[QUERIES], by_group[QUERIES / MR], all{0, 0};
   bool started[QUERIES / MR];
   for (int64_t m = 0; m < groups; ++m) {
@@ -373,19 +494,19 @@ void forward_task(const Problem& p, const Forward& f, int64_t b, int64_t h, int6
     }
     all = hull(all, by_group[m]);
   }
-  pack_rows(q + b * p.q.b + first * p.q.t + h * p.q.h, p.q.t, n, groups * MR, p.D, width, p.q_factor(), f.q);
+  pack_rows<PAIRS>(q + b * p.q.b + first * p.q.t + h * p.q.h, p.q.t, n, groups * MR, p.D, width, p.q_factor(), f.q);
   fill(f.maximum, 0, groups * MR, -FLT_MAX);
   fill(f.total, 0, groups * MR * W, 0.0f);
   for (int64_t c = all.begin / W * W; c < all.end; c += most_keys) {
     const int64_t keys = least(most_keys, all.end - c);
-    pack_panels(k + b * p.k.b + c * p.k.t + g * p.k.h, p.k.t, keys, p.D, f.panels);
-    pack_rows(v + b * p.v.b + c * p.v.t + g * p.v.h, p.v.t, keys, keys, p.D, width, 1.0f, f.v);
+    pack_panels<PAIRS>(k + b * p.k.b + c * p.k.t + g * p.k.h, p.k.t, keys, p.D, f.panels);
+    pack_lines<PAIRS>(v + b * p.v.b + c * p.v.t + g * p.v.h, p.v.t, keys, p.D, width, f.v);
     for (int64_t m = 0; m < groups; ++m) {
       const Span span = within(by_group[m], c, keys);
       if (span.empty()) continue;
       const int64_t begin = span.begin / W * W, end = up(span.end, W);
-      product<false>(f.q + m * MR * width, width, f.panels + begin * p.D, W, p.D * W, f.scores + begin, f.lds, p.D,
-                     (end - begin) / W, false);
+      product<PAIRS, false>(f.q + m * MR * row, row, f.panels + begin * depth, W, depth * W, f.scores + begin, f.lds,
+                            depth, (end - begin) / W, false, p.q_factor());
       Span mine[MR];
       float rescale[MR];
       for (int r = 0; r < MR; ++r) mine[r] = within(seen[m * MR + r], c, keys);
@@ -401,8 +522,9 @@ void forward_task(const Problem& p, const Forward& f, int64_t b, int64_t h, int6
 #pragma omp simd
         for (int64_t j = begin; j < end; ++j) s[j] *= kept(index + (uint32_t)j, p.seed, p.threshold, p.keep_scale);
       }
-      product<false>(f.scores + begin, f.lds, f.v + begin * width, width, W, f.y + m * MR * width, width,
-                     span.end - begin, vectors, started[m]);
+      if (PAIRS) pair_keys(f.scores, f.lds, begin, end);
+      product<PAIRS, false>(f.scores + words<PAIRS>(begin), f.lds, f.v + words<PAIRS>(begin) * width, width, W,
+                            f.y + m * MR * width, width, words<PAIRS>(span.end - begin), vectors, started[m]);
       started[m] = true;
     }
   }
@@ -449,21 +571,27 @@ void forward(const Problem& p, const T* q, const T* k, const T* v, T* y, float* 
 // One tile is ROWS queries of one head by keys() keys. MR divides W so that a block of MR keys which some query of a
 // group sees lies wholly in what the group computed, a multiple of W keys.
 struct Backward {
-  float *q, *dy, *delta, *lse, *panels_k, *panels_v, *k, *weights, *dweights, *dk, *dv, *dq;
+  float *q, *dy, *q_lines, *dy_lines, *delta, *lse, *panels_k, *panels_v, *k, *dk, *dv, *dq;
+  float *weights, *dweights;  // the tile: rows, or lines of pairs of queries
+  float *scores, *products;   // of one group, where the tile holds pairs
   int64_t lds;
 
   Backward(const Problem& p, Carver& c) {
-    const int64_t width = p.width(), keys = up(least(backward_keys(p.D), most(p.Tk, 1)), W);
+    const int64_t width = p.width(), keys = up(least(backward_keys(p.D), most(p.Tk, 1)), W), pair = p.paired ? 2 : 1;
     lds = keys + SKEW;
-    q = c.take(ROWS * width);
-    dy = c.take(ROWS * width);
+    q = c.take(ROWS * width / pair);
+    dy = c.take(ROWS * width / pair);
+    q_lines = p.paired ? c.take(ROWS * width / pair) : q;
+    dy_lines = p.paired ? c.take(ROWS * width / pair) : dy;
     delta = c.take(ROWS);
     lse = c.take(ROWS);
-    panels_k = c.take(keys * p.D);
-    panels_v = c.take(keys * p.D);
-    k = c.take(keys * width);
-    weights = c.take(ROWS * lds);
-    dweights = c.take(ROWS * lds);
+    panels_k = c.take(keys * width / pair);
+    panels_v = c.take(keys * width / pair);
+    k = c.take(keys * width / pair);
+    scores = p.paired ? c.take(MR * lds) : nullptr;
+    products = p.paired ? c.take(MR * lds) : nullptr;
+    weights = c.take(ROWS * lds / pair);
+    dweights = c.take(ROWS * lds / pair);
     dk = c.take(keys * width);
     dv = c.take(keys * width);
     dq = c.take(p.H / most(p.G, 1) * up(p.Tq, ROWS) * width);
@@ -517,11 +645,11 @@ void differentiate(const Problem& p, float* s, float* dp, int64_t ld, int64_t be
 
 // The tiles of one key/value head g: all its query heads, queries [first, last) and keys [from, to). `first` and `from`
 // are starts of tiles. What is summed over tiles is summed in the same order whatever the ranges are.
-template <typename T, bool CAP>
+template <typename T, bool CAP, bool PAIRS = PAIRED<T>>
 void backward_task(const Problem& p, const Backward& f, const Tensors<T>& t, int64_t b, int64_t g, int64_t first,
                    int64_t last, int64_t from, int64_t to, bool for_queries, bool for_keys) {
   const int64_t width = p.width(), vectors = width / W, repeat = p.H / p.G, most_keys = backward_keys(p.D);
-  const int64_t padded = up(last - first, ROWS);
+  const int64_t padded = up(last - first, ROWS), row = words<PAIRS>(width), depth = words<PAIRS>(p.D);
   if (for_queries) fill(f.dq, 0, repeat * padded * width, 0.0f);
   for (int64_t c = from; c < to; c += most_keys) {
     const int64_t keys = least(most_keys, to - c), blocks = up(keys, MR) / MR;
@@ -545,46 +673,57 @@ void backward_task(const Problem& p, const Backward& f, const Tensors<T>& t, int
         }
         if (all.empty()) continue;
         if (!packed) {
-          pack_panels(k, p.k.t, keys, p.D, f.panels_k);
-          pack_panels(t.v + b * p.v.b + c * p.v.t + g * p.v.h, p.v.t, keys, p.D, f.panels_v);
-          if (for_queries) pack_rows(k, p.k.t, keys, keys, p.D, width, 1.0f, f.k);
+          pack_panels<PAIRS>(k, p.k.t, keys, p.D, f.panels_k);
+          pack_panels<PAIRS>(t.v + b * p.v.b + c * p.v.t + g * p.v.h, p.v.t, keys, p.D, f.panels_v);
+          if (for_queries) pack_lines<PAIRS>(k, p.k.t, keys, p.D, width, f.k);
           packed = true;
         }
-        pack_rows(t.q + b * p.q.b + start * p.q.t + h * p.q.h, p.q.t, n, groups * MR, p.D, width, p.q_factor(), f.q);
-        pack_rows(t.dy + b * t.dy_rows.b + start * t.dy_rows.t + h * t.dy_rows.h, t.dy_rows.t, n, groups * MR, p.D,
-                  width, 1.0f, f.dy);
+        const T* q = t.q + b * p.q.b + start * p.q.t + h * p.q.h;
+        const T* dy = t.dy + b * t.dy_rows.b + start * t.dy_rows.t + h * t.dy_rows.h;
+        pack_rows<PAIRS>(q, p.q.t, n, groups * MR, p.D, width, p.q_factor(), f.q);
+        pack_rows<PAIRS>(dy, t.dy_rows.t, n, groups * MR, p.D, width, 1.0f, f.dy);
+        if (PAIRS && for_keys) {
+          pack_lines<PAIRS>(q, p.q.t, n, p.D, width, f.q_lines);
+          pack_lines<PAIRS>(dy, t.dy_rows.t, n, p.D, width, f.dy_lines);
+        }
         fill(f.delta, 0, groups * MR, 0.0f);
         fill(f.lse, 0, groups * MR, 0.0f);
         for (int64_t i = 0; i < n; ++i) {
           const T* y = t.y + ((b * p.Tq + start + i) * p.H + h) * p.D;
-          const float* dy = f.dy + i * width;
           f.lse[i] = t.lse[(b * p.H + h) * p.Tq + start + i];
           Whole sum{};
-          for (int64_t d = 0; d < p.D; d += W) sum += at(dy + d) * some(y + d, p.D - d);
+          for (int64_t d = 0; d < p.D; d += W) sum += some(dy + i * t.dy_rows.t + d, p.D - d) * some(y + d, p.D - d);
           f.delta[i] = sum_of(sum);
         }
         for (int64_t m = 0; m < groups; ++m) {
           const Span span = by_group[m];
-          const int64_t begin = span.begin / W * W, end = up(span.end, W);
-          float* s = f.weights + m * MR * f.lds;
-          float* ds = f.dweights + m * MR * f.lds;
+          const int64_t begin = span.begin / W * W, end = up(span.end, W), lines = words<PAIRS>(MR);
+          float* const weights = f.weights + m * lines * f.lds;
+          float* const dweights = f.dweights + m * lines * f.lds;
+          float* const s = PAIRS ? f.scores : weights;
+          float* const ds = PAIRS ? f.products : dweights;
           if (p.seq_start) {  // documents may start anywhere: a group between two others need not see what they see
-            for (int64_t r = 0; r < MR; ++r) {
-              fill(s + r * f.lds, 0, up(keys, W), 0.0f);
-              fill(ds + r * f.lds, 0, up(keys, W), 0.0f);
+            for (int64_t r = 0; r < lines; ++r) {
+              fill(weights + r * f.lds, 0, up(keys, W), 0.0f);
+              fill(dweights + r * f.lds, 0, up(keys, W), 0.0f);
             }
           }
           if (span.empty()) continue;
-          product<false>(f.q + m * MR * width, width, f.panels_k + begin * p.D, W, p.D * W, s + begin, f.lds, p.D,
-                         (end - begin) / W, false);
-          product<false>(f.dy + m * MR * width, width, f.panels_v + begin * p.D, W, p.D * W, ds + begin, f.lds, p.D,
-                         (end - begin) / W, false);
+          product<PAIRS, false>(f.q + m * MR * row, row, f.panels_k + begin * depth, W, depth * W, s + begin, f.lds,
+                                depth, (end - begin) / W, false, p.q_factor());
+          product<PAIRS, false>(f.dy + m * MR * row, row, f.panels_v + begin * depth, W, depth * W, ds + begin, f.lds,
+                                depth, (end - begin) / W, false);
           differentiate<CAP>(p, s, ds, f.lds, begin, end, seen + m * MR, f.lse + m * MR, f.delta + m * MR,
                              first_index(p, b, h, start + m * MR, c));
+          if (PAIRS && for_keys) {
+            pair_queries(s, f.lds, begin, end, weights);
+            pair_queries(ds, f.lds, begin, end, dweights);
+          }
+          if (PAIRS && for_queries) pair_keys(ds, f.lds, begin, end);
           if (for_queries)
-            product<false>(ds + begin, f.lds, f.k + begin * width, width, W,
-                           f.dq + (head * padded + start - first + m * MR) * width, width, span.end - begin, vectors,
-                           true);
+            product<PAIRS, false>(ds + words<PAIRS>(begin), f.lds, f.k + words<PAIRS>(begin) * width, width, W,
+                                  f.dq + (head * padded + start - first + m * MR) * width, width,
+                                  words<PAIRS>(span.end - begin), vectors, true);
         }
         if (!for_keys) continue;
         for (int64_t block = all.begin / MR; block * MR < all.end; ++block) {
@@ -594,15 +733,15 @@ void backward_task(const Problem& p, const Backward& f, const Tensors<T>& t, int
           while (low < high && blind(low)) ++low;
           while (low < high && blind(high - 1)) --high;
           if (low == high) continue;
-          const int64_t i = low * MR, rows = least(high * MR, n) - i;
-          product<true>(f.weights + i * f.lds + j, f.lds, f.dy + i * width, width, W, f.dv + j * width, width, rows,
-                        vectors, true);
-          product<true>(f.dweights + i * f.lds + j, f.lds, f.q + i * width, width, W, f.dk + j * width, width, rows,
-                        vectors, true);
+          const int64_t i = words<PAIRS>(low * MR), rows = words<PAIRS>(least(high * MR, n)) - i;
+          product<PAIRS, true>(f.weights + i * f.lds + j, f.lds, f.dy_lines + i * width, width, W, f.dv + j * width,
+                               width, rows, vectors, true);
+          product<PAIRS, true>(f.dweights + i * f.lds + j, f.lds, f.q_lines + i * width, width, W, f.dk + j * width,
+                               width, rows, vectors, true);
         }
       }
     if (!for_keys) continue;
-    const float factor = p.k_factor();
+    const float factor = PAIRS ? p.scale : p.k_factor();
     for (int64_t j = 0; j < keys; ++j) {
       const int64_t out = ((b * p.Tk + c + j) * p.G + g) * p.D;
 #pragma omp simd
@@ -647,9 +786,11 @@ void backward(const Problem& p, const Tensors<T>& t, float* scratch, int64_t siz
   }
 }
 
-Problem problem(const int64_t* n, const int32_t* seq_start, int causal, float scale, float softcap, float keep_scale) {
+Problem problem(int dtype, const int64_t* n, const int32_t* seq_start, int causal, float scale, float softcap,
+                float keep_scale) {
   return {n[0], n[1], n[2], n[3], n[4], n[5], {n[6], n[7], n[8]}, {n[9], n[10], n[11]}, {n[12], n[13], n[14]},
-          seq_start, n[15], n[16], n[17], causal != 0, scale, softcap, (uint32_t)n[18], (uint32_t)n[19], keep_scale};
+          seq_start, n[15], n[16], n[17], causal != 0, scale, softcap, (uint32_t)n[18], (uint32_t)n[19], keep_scale,
+          dtype == TRITIUM_BF16 && PAIRED<bf16>};
 }
 
 }  // namespace
@@ -658,8 +799,8 @@ Problem problem(const int64_t* n, const int32_t* seq_start, int causal, float sc
 // window; the dropout threshold (0: none) and seed, each the low 32 bits.
 
 // Elements of scratch that each thread needs.
-TRITIUM_EXPORT(int64_t, attention_scratch)(const int64_t* numbers, int backward) {
-  const Problem p = problem(numbers, nullptr, 0, 1.0f, 0.0f, 1.0f);
+TRITIUM_EXPORT(int64_t, attention_scratch)(int dtype, const int64_t* numbers, int backward) {
+  const Problem p = problem(dtype, numbers, nullptr, 0, 1.0f, 0.0f, 1.0f);
   Carver carver{nullptr, 0};
   if (backward) {
     Backward(p, carver);
@@ -674,7 +815,7 @@ TRITIUM_EXPORT(void, attention_forward)(int dtype, const void* q, const void* k,
                                         const int32_t* seq_start, const int64_t* numbers, int causal, float scale,
                                         float softcap, float keep_scale, void* y, float* lse, float* scratch,
                                         int64_t size, int threads) {
-  const Problem p = problem(numbers, seq_start, causal, scale, softcap, keep_scale);
+  const Problem p = problem(dtype, numbers, seq_start, causal, scale, softcap, keep_scale);
 #define RUN(T, CAP) \
   forward<T, CAP>(p, (const T*)q, (const T*)k, (const T*)v, (T*)y, lse, scratch, size, threads)
   if (dtype == TRITIUM_F32) {
@@ -691,7 +832,7 @@ TRITIUM_EXPORT(void, attention_backward)(int dtype, const void* q, const void* k
                                          float softcap, float keep_scale, const void* y, const float* lse,
                                          const void* dy, int64_t dy_b, int64_t dy_t, int64_t dy_h, void* dq, void* dk,
                                          void* dv, float* scratch, int64_t size, int threads) {
-  const Problem p = problem(numbers, seq_start, causal, scale, softcap, keep_scale);
+  const Problem p = problem(dtype, numbers, seq_start, causal, scale, softcap, keep_scale);
 #define RUN(T, CAP)                                                                                                   \
   backward<T, CAP>(p,                                                                                                 \
                    {(const T*)q, (const T*)k, (const T*)v, (const T*)y, (const T*)dy, {dy_b, dy_t, dy_h}, lse, (T*)dq, \

@@ -1,4 +1,4 @@
-"""attention on the CPU in C++ (attention.cpp): flash attention on register-blocked fp32 GEMMs, forward and backward.
+"""attention on the CPU in C++ (attention.cpp): flash attention on register-blocked GEMMs, forward and backward.
 
 B batch, Tq queries, Tk keys, H query heads, G key/value heads, D head width; sums over the visible pairs (i, j).
 
@@ -12,8 +12,11 @@ again, would be 4 Tk. q, k and v are read in place, whatever the strides of batc
 The bound is arithmetic: 4 D FLOPs a visible pair forward and 10 D backward (14 D where there are fewer heads than
 threads: a head is then cut into blocks), against 2 (Tq H + Tk G) D elements of memory forward and twice that backward.
 What lies above the causal diagonal is not computed, except where rows and keys are rounded up to a register block (8 x
-16 with AVX-512). bf16 is widened once, when a block is packed. Scratch of a thread: 1 to 2 MiB, and backward
-Tq D H / G in fp32, for dq.
+16 with AVX-512). Scratch of a thread: 1 to 2 MiB, and backward Tq D H / G in fp32, for dq.
+
+bf16 inputs: a CPU with AVX512-BF16 (instruction set v4_bf16) multiplies them as they are, two at a time, and takes p
+and ds rounded to bf16 in the products with v, k, q and dy; it flushes what is below 2^-126. Elsewhere they are widened
+when a block is packed, and p and ds stay fp32. Softmax, lse, δ and every sum are fp32 in both.
 """
 
 import array
@@ -29,7 +32,7 @@ from tritium.kernels.site import Site
 
 DETERMINISTIC = True  # at any number of threads
 
-_scratch_size = native.Function("attention_scratch", "pi", "l")
+_scratch_size = native.Function("attention_scratch", "ipi", "l")
 # dtype; q, k, v, seq_start; numbers; causal, scale, softcap, keep_scale; ...
 _forward = native.Function("attention_forward", "i pppp p ifff pp pl i")
 _backward = native.Function("attention_backward", "i pppp p ifff pp plll ppp pl i")
@@ -90,8 +93,13 @@ def _numbers(
     )
 
 
-def _scratch(numbers: array.array, backward: bool, threads: int) -> tuple[Tensor, int]:  # type: ignore[type-arg]
-    size = _scratch_size(numbers.buffer_info()[0], backward)
+def _scratch(
+    dtype: torch.dtype,
+    numbers: array.array,  # type: ignore[type-arg]
+    backward: bool,
+    threads: int,
+) -> tuple[Tensor, int]:
+    size = _scratch_size(native.DTYPES[dtype], numbers.buffer_info()[0], backward)
     return torch.empty(threads * size, dtype=torch.float32), size
 
 
@@ -108,7 +116,7 @@ def _launch_forward(
         return y, lse.zero_()
     threads = torch.get_num_threads()
     numbers = _numbers(q, k, v, starts, seed, window, dropout)
-    scratch, size = _scratch(numbers, False, threads)
+    scratch, size = _scratch(q.dtype, numbers, False, threads)
     _forward(
         *(native.DTYPES[q.dtype], q.data_ptr(), k.data_ptr(), v.data_ptr()),
         *(None if starts is None else starts.data_ptr(), numbers.buffer_info()[0]),
@@ -128,7 +136,7 @@ def _launch_backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     threads = torch.get_num_threads()
     numbers = _numbers(q, k, v, starts, seed, window, dropout)
-    scratch, size = _scratch(numbers, True, threads)
+    scratch, size = _scratch(q.dtype, numbers, True, threads)
     _backward(
         *(native.DTYPES[q.dtype], q.data_ptr(), k.data_ptr(), v.data_ptr()),
         *(None if starts is None else starts.data_ptr(), numbers.buffer_info()[0]),

@@ -1,8 +1,8 @@
 """The native library: finding it, saying why it is missing, and calling it.
 
 One plain C library, ``_native.so`` beside the ops (``CMakeLists.txt``). Each kernel is in it once per instruction set
-(``base``, and on x86-64 ``v3`` = AVX2 + FMA and ``v4`` = AVX-512); a :class:`Function` calls the best one this CPU has.
-Calls release the GIL.
+(``base``, and on x86-64 ``v3`` = AVX2 + FMA, ``v4`` = AVX-512 and ``v4_bf16`` = AVX-512 with dot products of bf16); a
+:class:`Function` calls the best one this CPU has. Calls release the GIL.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tritium.kernels.site import Site
 
-ABI = 5  # TRITIUM_ABI of csrc/tritium.h
+ABI = 6  # TRITIUM_ABI of csrc/tritium.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the codes of csrc/tritium.h
 LIBRARY = pathlib.Path(__file__).parents[1] / "_native.so"
 REASON = LIBRARY.with_name("_native_missing.txt")  # written by setup.py where the library could not be built

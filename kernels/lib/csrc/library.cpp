@@ -12,6 +12,9 @@ TRITIUM_VISIBLE const char* tritium_isas() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
+#ifdef TRITIUM_HAS_v4_bf16
+  if (v4 && __builtin_cpu_supports("avx512bf16")) return "v4_bf16,v4,v3,base";
+#endif
   if (v4) return "v4,v3,base";
 #endif
   if (v3) return "v3,base";
