@@ -30,6 +30,7 @@ from tritium.engine.parallel import World
 
 FORMAT = 1
 _RUN, _SUMS = "run.json", "checksums.json"
+BESIDE = "checkpoint"  # where a folder keeps another one
 
 
 class CheckpointError(RuntimeError):
@@ -63,17 +64,39 @@ def save(out: pathlib.Path, state: dict[str, Tensor], meta: dict[str, Any], worl
 
     Raises CheckpointError when the disk refuses; earlier checkpoints stay as they were.
     """
+    final = folder_of(out, meta["step"])
+    write(final, state, meta, world, f"the checkpoint of step {meta['step']}")
+    if world.first:
+        older = [path for path in candidates(out) if path != final]  # what was written just now is never what goes
+        for old in older[keep - 1 :]:
+            shutil.rmtree(old, ignore_errors=True)
+    world.barrier()
+    return final
+
+
+def write(
+    final: pathlib.Path,
+    state: dict[str, Tensor],
+    meta: dict[str, Any],
+    world: World,
+    what: str,
+    beside: pathlib.Path | None = None,
+) -> None:
+    """Write the folder ``final`` in a checkpoint's format, whole or not at all. Every process calls it.
+
+    what: how an error calls it. beside: another such folder, kept in ``final / BESIDE`` (as links, where it can be).
+    Raises CheckpointError when the disk refuses.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
-    final = folder_of(out, meta["step"])
     temporary = final.with_name(f".{final.name}.tmp")
 
     def clear() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-    def write() -> None:
+    def fill() -> None:
         with _quiet():
             dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True), no_dist=world.size == 1)
 
@@ -84,13 +107,15 @@ def save(out: pathlib.Path, state: dict[str, Tensor], meta: dict[str, Any], worl
         )
         sums = {p.name: _sha256(p) for p in sorted(temporary.iterdir())}
         _write(temporary / _SUMS, json.dumps(sums, indent=2))
+        if beside is not None:
+            shutil.copytree(beside, temporary / BESIDE, copy_function=_link)
         _sync_folder(temporary)
         if final.exists():  # the same step once more (a run that was resumed and stopped at once)
             shutil.rmtree(final)
         temporary.rename(final)
         _sync_folder(final.parent)
 
-    for stage, everywhere in ((clear, False), (write, True), (seal, False)):
+    for stage, everywhere in ((clear, False), (fill, True), (seal, False)):
         failure = None
         if everywhere or world.first:
             try:
@@ -101,16 +126,16 @@ def save(out: pathlib.Path, state: dict[str, Tensor], meta: dict[str, Any], worl
             if world.first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
-                f"writing the checkpoint of step {meta['step']} into {final.parent} failed "
-                f"({failure or 'on another process'}); earlier checkpoints are untouched. "
-                "Free space, or choose another folder with --run.out"
+                f"writing {what} into {final.parent} failed ({failure or 'on another process'}); earlier checkpoints "
+                "are untouched. Free space, or choose another folder with --run.out"
             )
-    if world.first:
-        older = [path for path in candidates(out) if path != final]  # what was written just now is never what goes
-        for old in older[keep - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
-    world.barrier()
-    return final
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
 
 
 def candidates(out: pathlib.Path) -> list[pathlib.Path]:
@@ -180,11 +205,18 @@ def set_aside(out: pathlib.Path, used: Checkpoint) -> list[pathlib.Path]:
     return moved
 
 
+def contents(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Name → size and dtype (DCP's TensorStorageMetadata) of every tensor in it."""
+    import torch.distributed.checkpoint as dcp
+
+    return dict(dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata)
+
+
 def read(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
     """Fill the tensors of ``state`` in place from the checkpoint's tensors of the same names."""
     import torch.distributed.checkpoint as dcp
 
-    stored = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    stored = contents(checkpoint)
     wrong = [f"{k} is missing" for k in state if k not in stored]
     for name, tensor in state.items():
         size = getattr(stored.get(name), "size", None)

@@ -140,6 +140,7 @@ def _expected(error: Exception) -> str | None:
         ("tritium.kernels.op", "KernelError"),
         ("tritium.engine.data.errors", "DataError"),
         ("tritium.engine.checkpoint", "CheckpointError"),
+        ("tritium.engine.bad_steps", "BadSteps"),
         ("tritium.engine.generate", "GenerateError"),
         ("tritium.engine.hf", "HFError"),
     )
@@ -191,7 +192,8 @@ def flags_of(kind: Any, prefix: str = "") -> dict[str, Any]:
 def normalise(argv: Sequence[str], kind: type, positional: Sequence[str] = (), about: str = "tritium") -> list[str]:
     """The user's arguments in the one form that tyro takes: positional values, then ``--flag=value``.
 
-    Understands ``--a.b c``, ``--a.b=c``, ``-`` for ``_``, ``--kernels=NAME`` for ``--kernels.default=NAME``,
+    Understands ``--a.b c``, ``--a.b=c``, ``-`` for ``_``, ``--kernels`` for ``--kernels.default``, ``--profile`` for
+    ``--run.profile``,
     flags of yes-or-no fields bare, with ``no_`` or with a value, and lists as several values or repeated flags.
     UsageError for anything else, with the nearest names. about: the command whose ``--help`` lists the flags.
     positional: names of the fields given without a flag, in order.
@@ -210,7 +212,8 @@ def normalise(argv: Sequence[str], kind: type, positional: Sequence[str] = (), a
             continue
         typed, equals, value = word[2:].partition("=")
         name = typed.replace("-", "_")
-        name = "kernels.default" if name == "kernels" and "kernels.default" in flags else name
+        short = {"kernels": "kernels.default", "profile": "run.profile"}.get(name)
+        name = short if short is not None and short in flags else name
         head, dot, last = name.rpartition(".")
         no = head + dot + last.removeprefix("no_")
         if name not in flags and last.startswith("no_") and flags.get(no) is bool:
@@ -535,6 +538,34 @@ def _find_modules_here(choices: typing.Iterable[str]) -> None:
         here = pathlib.Path.cwd()
         if "." in choice and importlib.util.find_spec(package) is None and any(here.glob(f"{package}*")):
             sys.path.append(str(here))
+
+
+# -------------------------------------------------------------------------------------------------------------- replay
+
+
+def _replay(argv: list[str]) -> int:
+    first = bool(argv) and not argv[0].startswith("-")
+    if not first and not any(word in ("-h", "--help") for word in argv):
+        raise UsageError(
+            "which bad step? They are dumped into RUN/bad_steps when training skips them: "
+            f"{command()} replay RUN/bad_steps/step_…"
+        )
+    about = (
+        f"Repeat a bad step that training dumped: {command()} replay RUN/bad_steps/step_… [FLAGS]. Says whether its "
+        "loss and gradient norm come out equal to the bit (exit status 0; 1 where not), and where numbers were first "
+        "not finite, or largest. With flags (--kernels reference, --train.precision fp32, …) the step is repeated with "
+        "these too: does the fault go away (1) or stay (0)? Defaults are the dump's.\n"
+    )
+    if not first:
+        parse(Config, argv, "replay DUMP", about)
+    from tritium.engine import replay
+
+    dump = replay.open_dump(argv[0])
+    asked = parse(Config, argv[1:], f"replay {argv[0]}", about, default=replay.as_it_was(dump))
+    asked.check(int(dump.meta["world_size"]))
+    _find_modules_here(asked.kernels.choices().values())
+    _find_modules_here(dump.config.kernels.choices().values())
+    return 0 if replay.replay(dump, asked) else 1
 
 
 # ------------------------------------------------------------------------------------------------------------- prepare
@@ -1247,6 +1278,7 @@ def _ablate(argv: list[str]) -> int:
 
 VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("train a preset, or continue a run", _train),
+    "replay": ("repeat a bad step that training dumped: the kernel, the data or the precision?", _replay),
     "prepare": ("turn text into token shards", _prepare),
     "sample": ("let a trained model write", _sample),
     "evaluate": ("loss, perplexity and bits per byte of a trained model", _evaluate),

@@ -203,6 +203,10 @@ class TrainConfig:
     """Tokens of a printed sample."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl and on the terminal."""
+    rollback_after: int = 0
+    """After this many bad steps in a row (skipped ones: not finite, or outliers) go back to the last good checkpoint
+    and go on behind the rows read by then; 0: never. Looked at every log_every steps.
+    """
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,10 @@ class OptimConfig:
     """Decoupled weight decay of matrices (vectors have none)."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    skip_outliers: float = 0.0
+    """Skip a step whose loss or gradient norm lies more than this many standard deviations above the mean of the last
+    128 (6 is a good value); 0: only what is not finite is skipped.
+    """
 
 
 @dataclass(frozen=True)
@@ -311,6 +319,12 @@ class RunConfig:
     """
     tensorboard: bool = True
     """Also write TensorBoard events into out."""
+    bad_steps: int = 3
+    """How many bad steps are kept in out/bad_steps for `tritium replay`, each with its batch and a state as large as a
+    checkpoint: the first of a streak, and of streaks the first ones; 0: none.
+    """
+    profile: str = ""
+    """Steps to profile, FIRST:LAST (or one): a Chrome trace and the memory over time go to out/profile."""
     require_bigram: bool = False
     """Exit with status 1 at the end unless validation bits/byte beats the corpus's bigram model."""
 
@@ -333,6 +347,15 @@ class Config:
         """Tokens per optimizer step."""
         return self.train.batch_rows * self.model.block_size
 
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """run.profile as (first, last) step, None where it is empty or no such range."""
+        first, colon, last = self.run.profile.partition(":")
+        last = last if colon else first
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            return None
+        return int(first), int(last)
+
     def problems(self, world_size: int = 1) -> list[str]:
         """Every reason why this cannot run, as sentences; empty when it can."""
         t, o, d = self.train, self.optim, self.data
@@ -340,8 +363,8 @@ class Config:
         for section, name, low in (
             (t, "steps", 0), (t, "batch_rows", 1), (t, "micro_rows", 1), (t, "eval_every", 0), (t, "eval_tokens", 0),
             (t, "sample_every", 0), (t, "sample_tokens", 0), (t, "log_every", 1), (o, "warmup_steps", 0),
-            (self.run, "save_every", 0), (self.run, "keep", 1),
-            (o, "lr", 0), (o, "grad_clip", 0), (o, "eps", 0), (o, "weight_decay", 0),
+            (t, "rollback_after", 0), (self.run, "save_every", 0), (self.run, "keep", 1), (self.run, "bad_steps", 0),
+            (o, "lr", 0), (o, "grad_clip", 0), (o, "skip_outliers", 0), (o, "eps", 0), (o, "weight_decay", 0),
         ):  # fmt: skip
             if getattr(section, name) < low:
                 found.append(f"{_section(section)}.{name} must be at least {low}, not {getattr(section, name)}")
@@ -369,6 +392,16 @@ class Config:
                 f"train.cuda_graphs=true with train.recompute={t.recompute} and model.dropout={self.model.dropout}: a "
                 "recomputed block must draw the same random numbers, which a captured graph cannot; use "
                 "--train.cuda_graphs false, or --model.dropout 0"
+            )
+        if t.rollback_after and not self.run.save_every:
+            found.append(
+                f"train.rollback_after={t.rollback_after} goes back to a checkpoint, and with run.save_every=0 there "
+                "is none before the end; use e.g. --run.save_every 250"
+            )
+        if self.run.profile and self.profiled is None:
+            found.append(
+                f"run.profile={self.run.profile!r} must be FIRST:LAST, steps counted from 1, FIRST at most LAST, or "
+                "one step; e.g. --run.profile 10:13"
             )
         if not d.sources and not d.folder:
             found.append(

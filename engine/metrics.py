@@ -62,11 +62,20 @@ class MetricsFile:
 
     def __init__(self, path: pathlib.Path, step: int):
         self.path = path
+        self.file = self._open(step)
+
+    def _open(self, step: int) -> IO[str]:
+        path = self.path
         kept = [line for line in read_metrics(path) if line.get("step", 0) <= step] if path.exists() else []
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
-        self.file: IO[str] = path.open("a")
+        return path.open("a")
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``: the run has gone back to it."""
+        self.file.close()
+        self.file = self._open(step)
 
     def write(self, **values: Any) -> None:
         self.file.write(json.dumps(values) + "\n")

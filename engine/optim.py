@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritium.engine.config import OptimConfig
+from tritium.engine.guard import Guard
 from tritium.kernels import ops
 from tritium.kernels.op import CallSite
 
@@ -67,7 +68,7 @@ class AdamW:
         self.groups = list(groups.values())
         device = self.groups[0].params[0].device
         self.steps_done = torch.zeros((), device=device)
-        self.skipped = torch.zeros((), device=device)
+        self.guard = Guard(config.skip_outliers, device)
 
     def call_sites(self) -> Iterator[tuple[str, CallSite]]:
         yield "optimizer", self.adamw
@@ -86,12 +87,12 @@ class AdamW:
         return found
 
     @torch.no_grad()
-    def step(self, lr: Tensor, inverse_count: Tensor) -> Tensor:
+    def step(self, lr: Tensor, inverse_count: Tensor, loss: Tensor | None = None) -> Tensor:
         """Clip and update from the leaves' gradients of a *summed* loss; returns the gradient norm of the mean loss,
         () fp32.
 
-        lr: () fp32 on the device. inverse_count: () fp32, 1 / number of targets in the whole batch. A step whose norm
-        is not finite changes nothing and is counted in ``skipped``. The host reads nothing back.
+        lr: () fp32 on the device. inverse_count: () fp32, 1 / number of targets in the whole batch. loss: () fp32, the
+        mean loss. A step that ``guard`` finds bad changes nothing and is counted there. The host reads nothing back.
         """
         found = iter(self.gradients())
         lists = [group.rows([next(found) for _ in group.params]) for group in self.groups]
@@ -100,9 +101,8 @@ class AdamW:
         scale = inverse_count
         if self.config.grad_clip > 0.0:
             scale = scale * torch.clamp(self.config.grad_clip / (norm + 1e-6), max=1.0)
-        skip = 1.0 - torch.isfinite(norm).to(torch.float32)
+        skip = self.guard.judge(norm, loss)
         scale = torch.where(skip > 0, torch.zeros_like(scale), scale)
-        self.skipped += skip
         self.steps_done += 1.0 - skip
         step = torch.clamp(self.steps_done, min=1.0)  # a skipped first step must not divide by 1 - β⁰
         for group, rows in zip(self.groups, lists, strict=True):
@@ -124,10 +124,10 @@ class AdamW:
                 leaf.grad = torch.zeros_like(param)  # fp32, as the sum over micro-batches is
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat: exp_avg.NAME, exp_avg_sq.NAME, steps_done, skipped. The masters are the model's business
+        """Flat: exp_avg.NAME, exp_avg_sq.NAME, steps_done, and the guard's. The masters are the model's business
         (``master_weights``).
         """
-        state = {"steps_done": self.steps_done, "skipped": self.skipped}
+        state = {"steps_done": self.steps_done, **self.guard.state_dict()}
         for group in self.groups:
             for name, m, v in zip(group.names, group.exp_avgs, group.exp_avg_sqs, strict=True):
                 state[f"exp_avg.{name}"], state[f"exp_avg_sq.{name}"] = m, v

@@ -50,6 +50,7 @@ def train_step(
     if world.size > 1:
         world.sum_(optimizer.gradients())
         world.sum_([total])
-    norm = optimizer.step(lr, inverse_count)
+    mean = total * inverse_count
+    norm = optimizer.step(lr, inverse_count, mean)
     optimizer.zero_grad()
-    return total * inverse_count, norm
+    return mean, norm

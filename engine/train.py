@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritium.engine import allocator, checkpoint, compiling, metrics, precision, tuned
+from tritium.engine import allocator, bad_steps, checkpoint, compiling, metrics, precision, tuned
+from tritium.engine.bad_steps import ROLLBACKS, BadSteps, Done, Dumps, Recent, Rollback, Seen
 from tritium.engine.capture import CapturedStep, CudaGraphs
 from tritium.engine.config import Config, ConfigError, data_folder
+from tritium.engine.guard import WORDS
 from tritium.engine.host import Ahead, garbage_at_rest
 from tritium.engine.model import GPT
 from tritium.engine.optim import AdamW
@@ -33,6 +35,7 @@ from tritium.engine.parallel import world as join_world
 from tritium.engine.report import Progress, Reporter
 from tritium.engine.schedule import learning_rate
 from tritium.engine.step import Loss, MicroBatch, train_step
+from tritium.engine.tracing import Tracer
 from tritium.kernels import op
 from tritium.kernels.site import Machine, interpreting
 
@@ -250,7 +253,7 @@ class Stop:
 def main(config: Config, reporter: Reporter | None = None) -> Outcome:
     """Train ``config`` to its last step, resuming when its run folder holds a checkpoint.
 
-    Raises ConfigError, KernelError, DataError or CheckpointError, each with a message for the user.
+    Raises ConfigError, KernelError, DataError, CheckpointError or BadSteps, each with a message for the user.
     """
     with join_world(config.train.device) as world:
         config.check(world.size)
@@ -330,9 +333,12 @@ def _prepare_and_run(config: Config, out: pathlib.Path, world: World, reporter: 
     )
     reporter.note(op.format_table(engine.table))
 
-    step = 0
+    step = position = tries = 0
     if found is not None:
+        if config.optim.skip_outliers and "optimizer.guard.mean" not in checkpoint.contents(found):
+            reporter.note(f"{found.path} knows nothing of outliers: losses and norms are collected anew")
         step = restore(engine, found)
+        position, tries = _passed_over(out, found)
         reporter.note(f"resumed from {found.path} at step {step}")
         world.barrier()  # all have read it
         if world.first:
@@ -340,21 +346,21 @@ def _prepare_and_run(config: Config, out: pathlib.Path, world: World, reporter: 
                 reporter.note(f"set aside as {path}: it is of no use to this run and may be deleted")
     if world.first:
         out.mkdir(parents=True, exist_ok=True)
+        if found is None:
+            (out / Rollback.FILE).unlink(missing_ok=True)
         checkpoint.write_whole(out / "config.json", config.to_json())
         (out / "tokenizer").mkdir(exist_ok=True)
         task.tokenizer.save(out / "tokenizer")  # so that the run can be sampled from without its data
     log = metrics.MetricsFile(out / "metrics.jsonl", step) if world.first else None
     board = _tensorboard(out, step) if world.first and config.run.tensorboard else None
     with contextlib.ExitStack() as stack:
-        if log is not None:
-            stack.callback(log.close)
-        if board is not None:
-            stack.callback(board.close)
         stop = stack.enter_context(
             Stop(reporter)
         )  # from here on Ctrl-C saves; before, there is nothing to save and it just ends the run
         stack.enter_context(garbage_at_rest())
-        return Loop(config, world, reporter, stop, engine, task, out, log, board).run(step)
+        loop = Loop(config, world, reporter, stop, engine, task, out, log, board, found is None, tries)
+        stack.callback(loop.close)
+        return loop.run(step, position)
 
 
 @dataclass
@@ -370,100 +376,195 @@ class Loop:
     out: pathlib.Path
     log: metrics.MetricsFile | None
     board: Any
+    fresh: bool = True  # the run begins here
+    tries: int = 0  # rollbacks since the last checkpoint was written
     last: Progress | None = None  # what was shown last
+    recent: Recent = field(default_factory=Recent)  # the steps whose loss has not been read yet
+    streak: int = 0  # of bad steps, up to the last that was read
 
-    def run(self, step: int) -> Outcome:
+    def run(self, step: int, position: int = 0) -> Outcome:
+        """From ``step``, done before, to the end. position: the first row that is read."""
         c, t, world, device = self.config, self.config.train, self.world, self.world.device
         micro_batches = t.batch_rows // (t.micro_rows * world.size)
         self.reporter.status("measuring the matmul rate")
-        rate = metrics.matmul_rate(
+        self.rate = metrics.matmul_rate(
             device, self.engine.dtype, t.micro_rows * c.model.block_size, c.model.n_embd, c.model.hidden_width
         )
-        flops = metrics.flops_per_token(c.model)
+        self.flops = metrics.flops_per_token(c.model)
         lr, inverse_count = torch.zeros((), device=device), torch.full((), 1.0 / c.batch_tokens, device=device)
         self.reporter.status(
             "compiling and running the first step" if self.engine.compiled else "running the first step"
         )
         batches = Ahead(
-            self.task.batches(step * t.batch_rows, world.rank, world.size, pin_memory=device.type == "cuda"), device
+            self.task.batches(position, world.rank, world.size, pin_memory=device.type == "cuda"), device
         )
-        waiting: tuple[int, Tensor, Tensor, float] | None = None  # the step whose loss has not been read yet
-        saved = step if step else None
-        val: dict[str, float] = {}
-        clock, clock_step, first = time.perf_counter(), step, step
+        tracer = self._tracer(step)
+        self.dumps = Dumps(self.out, c.run.bad_steps, world, step, self.fresh, self.reporter.warn)
+        guard = self.engine.optimizer.guard
+        before = guard.state.clone()
+        saved = None if self.fresh else step
+        if t.rollback_after and self.fresh:
+            self._save(step, position)  # what to go back to until there is another
+            saved = step
+        self.val: dict[str, float] = {}
+        self.clock, self.clock_step, first = time.perf_counter(), step, step
         while True:
             last = step >= t.steps
             # asking all processes of a GPU run would make the host wait for the device in every step
             agree = world.size == 1 or device.type == "cpu" or last or step % t.log_every == 0
             stopping = agree and world.any(self.stop.asked)
             if (t.eval_every and step % t.eval_every == 0 and step > first) and not last and not stopping:
-                self._report(waiting, val, clock, clock_step, rate, flops)
-                waiting = None
-                val = self._evaluate(step, t.eval_tokens)
-                clock, clock_step = time.perf_counter(), step
+                self._report(step, step)
+                self.val = self._evaluate(step, t.eval_tokens)
+                self.clock, self.clock_step = time.perf_counter(), step
             if t.sample_every and step % t.sample_every == 0 and step > first and not last and not stopping:
                 self._sample(step)
-                clock, clock_step = time.perf_counter(), step
+                self.clock, self.clock_step = time.perf_counter(), step
             if (c.run.save_every and step % c.run.save_every == 0 and step > first) and not last and not stopping:
-                saved = self._save_or_warn(step, saved)
-                clock, clock_step = time.perf_counter(), step
+                saved = self._save_or_warn(step, position, saved)
+                self.clock, self.clock_step = time.perf_counter(), step
             if last or stopping:
-                self._report(waiting, val, clock, clock_step, rate, flops)
+                self._report(step, step)
                 break
             value = learning_rate(step, t.steps, c.optim)
             lr.fill_(value)
-            work = [next(batches) for _ in range(micro_batches)]
-            loss, norm = self.engine.step(work, lr, inverse_count)
-            batches.fetch()
+            with tracer.step(step + 1):
+                random = checkpoint.random_state(world.rank, device)
+                work = [next(batches) for _ in range(micro_batches)]
+                loss, norm = self.engine.step(work, lr, inverse_count)
+                batches.fetch()
             step += 1
-            done = (step, loss, norm, value)
+            result = torch.cat([torch.stack([loss, norm]), guard.state])  # a copy: the next step writes over them
+            self.recent.add(Done(step, position, value, result, before, work, random))
+            before = result[2:]
+            position += t.batch_rows
             # a GPU's loss is read a step late: by then the device has long computed it, so the host does not wait
-            due, waiting = (waiting, done) if device.type == "cuda" else (done, None)
-            if due is None:
-                continue
-            if due[0] % t.log_every == 0 or due[0] == first + 1:
-                self._report(due, val, clock, clock_step, rate, flops)
+            due = step - 1 if device.type == "cuda" else step
+            if due > first and (due % t.log_every == 0 or due == first + 1):
+                self._report(due, step)
                 gc.collect()  # what the steps left is little, and nothing waits right now
-                if due[0] == first + 1:
+                if due == first + 1:
                     self._keep_compiled()
-                clock, clock_step = time.perf_counter(), due[0]
-            elif waiting is None:
-                waiting = due  # for the report before an evaluation or the end
+                self.clock, self.clock_step = time.perf_counter(), due
+            if t.rollback_after and due % t.log_every == 0 and self.streak >= t.rollback_after:
+                step = first = saved = self._rollback(due, position)
+                before = guard.state.clone()
         batches.close()
-        return self._finish(step, saved, val, interrupted=not last)
+        tracer.finish()
+        return self._finish(step, position, saved, interrupted=not last)
 
-    def _report(
-        self,
-        waiting: tuple[int, Tensor, Tensor, float] | None,
-        val: dict[str, float],
-        clock: float,
-        clock_step: int,
-        rate: float,
-        flops: int,
-    ) -> None:
-        """Read one step's loss, show it and log it."""
-        if waiting is None:
+    def _tracer(self, step: int) -> Tracer:
+        steps = self.config.profiled
+        if steps is not None and (steps[1] <= step or steps[0] > self.config.train.steps):
+            self.reporter.warn(
+                f"run.profile={self.config.run.profile}: nothing is profiled, this run does the steps {step + 1} to "
+                f"{self.config.train.steps}"
+            )
+        suffix = f".{self.world.rank}" if self.world.size > 1 else ""
+        return Tracer(
+            self.out / "profile", steps, self.world.device, self.reporter.note, self.reporter.warn, suffix
+        )  # fmt: skip
+
+    def _report(self, step: int, started: int) -> None:
+        """Read the results of the steps up to ``step``, show and log the last of them, see to the bad ones. started:
+        the last step that was given to the device.
+        """
+        seen = self.recent.read(step)  # waits for the device to have done this step; only then the clock
+        if not seen:
             return
-        step, loss, norm, lr = waiting
-        loss_read = loss.item()  # waits for the device to have done this step; only then the clock
-        seconds, done = time.perf_counter() - clock, step - clock_step
-        speed = done * self.config.batch_tokens / seconds if done > 0 else math.nan
-        left = self.config.train.steps - step
+        now, (one, done) = time.perf_counter(), (seen[-1], seen[-1].done)
+        seconds, count = now - self.clock, done.step - self.clock_step
+        speed = count * self.config.batch_tokens / seconds if count > 0 else math.nan
+        left = self.config.train.steps - done.step
         progress = Progress(
-            step=step, steps=self.config.train.steps, loss=loss_read, val_loss=val.get("val_loss", math.nan), lr=lr,
-            grad_norm=norm.item(), tokens=step * self.config.batch_tokens, tokens_per_s=speed,
-            matmul_fraction=speed * flops / (rate * self.world.size),
+            step=done.step, steps=self.config.train.steps, loss=one.loss, val_loss=self.val.get("val_loss", math.nan),
+            lr=done.lr, grad_norm=one.norm, tokens=done.step * self.config.batch_tokens, tokens_per_s=speed,
+            matmul_fraction=speed * self.flops / (self.rate * self.world.size),
             eta_s=left * self.config.batch_tokens / speed if speed > 0 else math.nan,
         )  # fmt: skip
         self.last = progress
         self.reporter.progress(progress)
         values = {k: v for k, v in dataclasses.asdict(progress).items() if not (isinstance(v, float) and math.isnan(v))}
         values.pop("val_loss", None)
-        self._log({"kind": "step", **values, "skipped": self.engine.optimizer.skipped.item()})
-        if not math.isfinite(progress.loss):
-            self.reporter.warn(
-                f"step {step}: the loss is {progress.loss}; steps with a gradient norm that is not finite are skipped"
+        self._log({"kind": "step", **values, "skipped": one.skipped})
+        self.streak = one.streak
+        self._bad(seen, started)
+        self.clock, self.clock_step = time.perf_counter(), done.step
+
+    def _bad(self, seen: list[Seen], started: int) -> None:
+        """Say which steps were bad, and dump the first of each streak."""
+        bad = [one for one in seen if one.verdict]
+        if not bad:
+            return
+        paths = []
+        for one in bad_steps.streaks(seen):
+            # skipped steps leave weights and moments alone: they are still those before it if all since were skipped
+            intact = self.engine.optimizer.guard.streak.item() >= started - one.done.step + 1
+            batches = one.done.batches
+            if batches is None:
+                batches = self._again(one.done.position)
+            paths.append(self.dumps.write(one, intact, self.engine.state(), batches, self._about()))
+        for one in bad:
+            numbers = {k: v for k, v in (("loss", one.loss), ("grad_norm", one.norm)) if math.isfinite(v)}
+            about = {"verdict": WORDS[one.verdict], "first_row": one.done.position}
+            self._log({"kind": "bad", "step": one.done.step, **numbers, **about})
+        which = f"step {bad[0].done.step}" + (f" and {len(bad) - 1} more up to {bad[-1].done.step}" if bad[1:] else "")
+        kept = "".join(f"; look into it with: tritium replay {path}" for path in paths if path is not None)
+        self.reporter.warn(f"{which}: skipped ({bad[0]}); {bad[-1].skipped} of {seen[-1].done.step} steps so far{kept}")
+
+    def _again(self, position: int) -> list[MicroBatch]:
+        """The micro-batches of a step that began at this row, read once more."""
+        t, world = self.config.train, self.world
+        batches = self.task.batches(position, world.rank, world.size)
+        found = [next(batches) for _ in range(t.batch_rows // (t.micro_rows * world.size))]
+        batches.close()
+        return found
+
+    def _rollback(self, step: int, position: int) -> int:
+        """Back to the last good checkpoint, on to the rows from ``position``; returns its step. BadSteps where that has
+        not helped.
+        """
+        world = self.world
+        span = f"steps {step - self.streak + 1} to {step} were bad, {self.streak} in a row"
+        if self.tries >= ROLLBACKS:
+            raise BadSteps(
+                f"{span}, after {self.tries} rollbacks since the last checkpoint, each to weights that were good and "
+                "on to other rows: neither the data nor one unlucky step is the cause, and nothing more would be "
+                f"learned. Look at {self.out / 'bad_steps'} with `tritium replay`; then lower --optim.lr, raise "
+                "--optim.warmup_steps, or choose other --kernels or --train.precision fp32"
             )
+        good = []
+        for path in checkpoint.candidates(self.out):
+            with contextlib.suppress(checkpoint.CheckpointError):
+                found = checkpoint.verify(path)
+                if not found.meta.get("streak", 0):
+                    good.append(found)
+        if world.any(not good):
+            raise BadSteps(f"{span}, and {self.out} holds no good checkpoint to go back to")
+        found = good[min(self.tries, len(good) - 1)]  # a second time at the same place: one further back
+        restore(self.engine, found)
+        self.tries += 1
+        back = Rollback(step, found.step, int(found.meta["position"]), position, self.tries)
+        self.recent.clear()
+        self.val, self.streak = {}, 0
+        self.dumps.began = min(self.dumps.began, found.step)
+        world.barrier()  # all have read it
+        if world.first:
+            back.append_to(self.out)
+            for path in checkpoint.set_aside(self.out, found):
+                self.reporter.note(f"set aside as {path}: what was trained from it went wrong; it may be deleted")
+        if self.log is not None:
+            self.log.rewind(found.step)
+        if self.board is not None:
+            self.board.close()
+            self.board = _tensorboard(self.out, found.step)
+        self._log({"kind": "rollback", "step": found.step, **dataclasses.asdict(back)})
+        self.reporter.warn(
+            f"{span}: back to {found.path}, passing over the rows {back.first_row} to {back.end_row - 1} of the data "
+            f"order, which were read since (rollback {self.tries} of {ROLLBACKS} before the next checkpoint)"
+        )
+        self.clock, self.clock_step = time.perf_counter(), found.step
+        return found.step
 
     def _keep_compiled(self) -> None:
         """Keep what the first step compiled with the run; a failure to do so is no reason to end it."""
@@ -502,35 +603,52 @@ class Loop:
                 file.write(f"=== step {step} ===\n{text}\n\n")
         return text
 
-    def _save(self, step: int) -> pathlib.Path:
-        state = self.engine.state() | checkpoint.random_state(self.world.rank, self.world.device)
-        meta = {
-            "step": step,
-            "position": step * self.config.train.batch_rows,
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint and a dump say of the run."""
+        return {
             "config": dataclasses.asdict(self.config),
             "kernels": [dataclasses.asdict(row) for row in self.engine.table],
             "task": self.task.identity,
+            "compiled": self.engine.compiled,
+            "dtype": str(self.engine.dtype).removeprefix("torch."),
         }
-        return checkpoint.save(self.out, state, meta, self.world, self.config.run.keep)
 
-    def _save_or_warn(self, step: int, saved: int | None) -> int | None:
+    def _save(self, step: int, position: int) -> pathlib.Path:
+        state = self.engine.state()
+        if self.world.any(not _finite(state)):
+            raise checkpoint.CheckpointError(
+                f"the weights or moments of step {step} are not finite, so no checkpoint was written over good ones"
+            )
+        meta = {
+            "step": step,
+            "position": position,
+            "streak": int(self.engine.optimizer.guard.streak.item()),
+            **self._about(),
+        }
+        state |= checkpoint.random_state(self.world.rank, self.world.device)
+        path = checkpoint.save(self.out, state, meta, self.world, self.config.run.keep)
+        self.tries = 0
+        return path
+
+    def _save_or_warn(self, step: int, position: int, saved: int | None) -> int | None:
         """A save in the middle of a run that fails is no reason to lose the run: say so and try again at the next
         one.
         """
         try:
-            self._save(step)
+            self._save(step, position)
         except checkpoint.CheckpointError as error:
             self.reporter.warn(f"{error}. Training goes on; the last good checkpoint is of step {saved or 'none'}")
             return saved
         return step
 
-    def _finish(self, step: int, saved: int | None, val: dict[str, float], interrupted: bool) -> Outcome:
+    def _finish(self, step: int, position: int, saved: int | None, interrupted: bool) -> Outcome:
         c = self.config
-        path = checkpoint.folder_of(self.out, step) if saved == step else self._save(step)
+        path = checkpoint.folder_of(self.out, step) if saved == step else self._save(step, position)
         if interrupted:
             self._plot()
             message = f"stopped at step {step} of {c.train.steps}; saved {path}; the same command continues from there"
-            return Outcome("interrupted", self.out, path, step, val.get("val_loss", math.nan), messages=[message])
+            val_loss = self.val.get("val_loss", math.nan)
+            return Outcome("interrupted", self.out, path, step, val_loss, messages=[message])
         val = self._evaluate(step, 0 if c.run.require_bigram else c.train.eval_tokens)
         if self.last is not None:  # the line that is left standing shows the model that is left, not the one before
             self.reporter.progress(dataclasses.replace(self.last, val_loss=val["val_loss"]))
@@ -552,6 +670,18 @@ class Loop:
             from tritium.engine.plots import plot_losses
 
             plot_losses(self.out)
+
+    def close(self) -> None:
+        for file in (self.log, self.board):
+            if file is not None:
+                file.close()
+
+
+@torch.no_grad()
+def _finite(state: dict[str, Tensor]) -> bool:
+    """Whether every number of the weights and moments is; waits for the device."""
+    tensors = [tensor for name, tensor in state.items() if not name.startswith("optimizer.guard.")]
+    return bool(torch.isfinite(torch.stack([torch.linalg.vector_norm(t, torch.inf) for t in tensors])).all().item())
 
 
 def prepared(config: Config, world: World, reporter: Reporter) -> pathlib.Path:
@@ -611,11 +741,24 @@ def restore(engine: Engine, found: checkpoint.Checkpoint) -> int:
     """
     world = engine.world
     rng = checkpoint.random_state(world.rank, world.device) if world.rank < int(found.meta["world_size"]) else {}
-    checkpoint.read(found, engine.state() | rng)
+    state, stored = engine.state(), checkpoint.contents(found)
+    for name in [name for name in state if name.startswith("optimizer.guard.") and name not in stored]:
+        state.pop(name).zero_()  # of a checkpoint older than these
+    checkpoint.read(found, state | rng)
     engine.optimizer.refresh_copies()
     if rng:
         checkpoint.set_random_state(rng, world.rank, world.device)
     return found.step
+
+
+def _passed_over(out: pathlib.Path, found: checkpoint.Checkpoint) -> tuple[int, int]:
+    """The row at which a run continues from this checkpoint, and how many rollbacks led to it: not a row that a
+    rollback, in a run that was stopped since, had passed over.
+    """
+    rollbacks = Rollback.read(out)
+    if rollbacks and rollbacks[-1].to_step == found.step:
+        return rollbacks[-1].end_row, rollbacks[-1].tries
+    return int(found.meta["position"]), 0
 
 
 def _check_data(found: checkpoint.Checkpoint, task: Any) -> None:

@@ -37,7 +37,7 @@ def test_help_and_mistakes_load_no_torch():
 def test_overview_names_every_verb(tritium):
     status, out, _ = tritium("--help")
     assert status == 0
-    for verb in ("train", "prepare", "sample", "evaluate", "kernels", "bench", "ablate", "export"):
+    for verb in ("train", "replay", "prepare", "sample", "evaluate", "kernels", "bench", "ablate", "export"):
         assert re.search(rf"^  {verb} +\w", out, re.M), verb
     assert tritium()[0] == 2
     assert tritium("--version")[1].startswith("tritium ")
@@ -58,7 +58,10 @@ def test_train_help_shows_field_type_default_and_meaning(tritium, monkeypatch):
 BENCHMARKS = [f"bench {name}" for name in cli.BENCHMARKS]
 
 
-@pytest.mark.parametrize("verb", ["prepare", "sample", "evaluate", "export", "kernels", "bench", "ablate", *BENCHMARKS])
+VERBS = ["replay", "prepare", "sample", "evaluate", "export", "kernels", "bench", "ablate", *BENCHMARKS]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(tritium, verb):
     status, out, _ = tritium(*verb.split(), "--help")
     assert status == 0
@@ -91,6 +94,9 @@ def test_every_command_of_the_readme_is_understood():
         seen.add(verb)
         if verb == "train":
             assert rest[0] in (*presets.names(), "PRESET", "runs/tiny"), text
+            cli.normalise(rest[1:], Config)
+        elif verb == "replay":
+            assert rest[0].startswith("runs/tiny/bad_steps/step_"), text
             cli.normalise(rest[1:], Config)
         elif verb == "bench":
             assert rest[:1] == ["WHAT"] or rest[0] in cli.BENCHMARKS, text

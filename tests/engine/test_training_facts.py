@@ -224,9 +224,9 @@ def test_the_learning_rate_of_a_step_is_the_one_logged_and_the_one_applied(data,
     config = config_for(data, tmp_path, train_steps=8, optim_warmup_steps=3)
     applied, step = [], AdamW.step
 
-    def noting(self, lr, inverse_count):
+    def noting(self, lr, inverse_count, loss):
         applied.append(lr.item())
-        return step(self, lr, inverse_count)
+        return step(self, lr, inverse_count, loss)
 
     monkeypatch.setattr(AdamW, "step", noting)
     train.main(config, Reporter(quiet=True))
@@ -281,7 +281,7 @@ def test_gradients_of_bf16_weights_are_summed_over_micro_batches_in_fp32():
 
     found, step = {}, engine.optimizer.step
 
-    def noting(lr, inverse_count):
+    def noting(lr, inverse_count, loss):
         found.update({name: leaf.grad.clone() for name, leaf in engine.model.named_parameters()})
         return step(lr, inverse_count)
 

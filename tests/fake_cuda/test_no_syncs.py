@@ -17,6 +17,7 @@ from fake_gpu import DEVICE, MODELS, B, T, batch, build, layers, present, scalar
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritium.engine import host, metrics, syncs, train
+from tritium.engine.guard import Guard
 from tritium.engine.optim import AdamW
 from tritium.engine.parallel import World
 from tritium.engine.report import Reporter
@@ -41,10 +42,10 @@ def planted(function, before: str, after: str):
 
 
 class Answers(TorchDispatchMode):
-    """A fake tensor that is read, where that is allowed, is one."""
+    """A fake tensor that is read, where that is allowed, is zero: the steps were good."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return 1.0 if function is torch.ops.aten._local_scalar_dense.default else function(*args, **(kwargs or {}))
+        return 0.0 if function is torch.ops.aten._local_scalar_dense.default else function(*args, **(kwargs or {}))
 
 
 # ------------------------------------------------------------------------------------------------------- whole steps
@@ -142,8 +143,9 @@ def test_the_loop_waits_only_where_it_logs_and_a_step_late(monkeypatch, tmp_path
     seen, shown = run_loop(monkeypatch, tmp_path, steps=6, log_every=2)
     # each is read when the next has been started, except the last
     assert shown == [(1, 2), (2, 3), (4, 5), (6, 6)]
-    assert len(seen) == 3 * len(shown), "the loss, its gradient norm, and how many steps were skipped"
-    assert all(line.startswith("aten._local_scalar_dense.default at engine/train.py:") for line in seen)
+    # of each step since: loss, gradient norm, verdict, bad steps in a row and in all; on a real GPU in one copy
+    assert len(seen) == 5 * 6
+    assert all(line.startswith("aten._local_scalar_dense.default at engine/bad_steps.py:") for line in seen)
 
 
 @pytest.mark.parametrize(
@@ -152,28 +154,36 @@ def test_the_loop_waits_only_where_it_logs_and_a_step_late(monkeypatch, tmp_path
         ("run", "step += 1", "step += 1; loss.item()", "engine/train.py"),
         ("run", "step += 1", "step += 1; torch.cuda.synchronize()", "engine/train.py"),
         ("run", "batches.fetch()", "batches.fetch(); work[0].ids.cpu()", "engine/train.py"),
-        ("_log", "if self.log is not None:", "if self.engine.optimizer.skipped > 0:", "engine/train.py"),
+        ("run", "position += t.batch_rows", "position += int(guard.streak)", "engine/train.py"),
+        ("_log", "if self.log is not None:", "if self.engine.optimizer.guard.skipped.item() >= 0:", "engine/train.py"),
     ],
-    ids=["loss", "synchronize", "batch", "logger"],
+    ids=["loss", "synchronize", "batch", "streak", "logger"],
 )
 def test_planted_in_the_loop(monkeypatch, tmp_path, function, before, after, place):
     monkeypatch.setattr(Loop, function, planted(getattr(Loop, function), before, after))
     if function == "_log":  # allowed from where it is called: what it reads is more than is allowed
-        seen, shown = run_loop(monkeypatch, tmp_path, steps=2, log_every=1)
-        assert len(seen) > 3 * len(shown)
+        seen, _ = run_loop(monkeypatch, tmp_path, steps=2, log_every=1)
+        assert len(seen) > 5 * 2
         return
     with pytest.raises(syncs.HostSync, match=rf"at {place}:\d+ "):
         run_loop(monkeypatch, tmp_path, steps=2, log_every=1)
 
 
-def test_planted_in_the_clip(monkeypatch):
-    norm = "norm = self.global_norm(grads) * inverse_count"
-    monkeypatch.setattr(AdamW, "step", planted(AdamW.step, norm, norm + "; norm.item()"))
+@pytest.mark.parametrize(
+    ("owner", "function", "before", "after", "place"),
+    [
+        (AdamW, "step", "* inverse_count\n", "* inverse_count; norm.item()\n", "optim"),
+        (Guard, "judge", "self.skipped += bad", "self.skipped += bad if bad > 0 else 0", "guard"),
+    ],
+    ids=["clip", "guard"],
+)
+def test_planted_in_the_update(monkeypatch, owner, function, before, after, place):
+    monkeypatch.setattr(owner, function, planted(getattr(owner, function), before, after))
     config = layers(MODELS["gpt2"], 1)
     with present():
         engine = build(config)
         data, (lr, inverse_count) = batch(config), scalars()
-        with pytest.raises(syncs.HostSync, match=r"engine/optim\.py:\d+"), syncs.forbidden():
+        with pytest.raises(syncs.HostSync, match=rf"engine/{place}\.py:\d+"), syncs.forbidden():
             train_step(engine.loss, engine.optimizer, [data], lr, inverse_count)
 
 
