@@ -71,11 +71,10 @@ class Recent:
     def add(self, done: Done) -> None:
         self.waiting.append(done)
         self.bytes += _bytes(done)
-        for i, old in enumerate(self.waiting):
-            if self.bytes <= KEPT_BYTES or i == len(self.waiting) - 1:
-                break
-            self.bytes -= _bytes(old)
-            self.waiting[i] = dataclasses.replace(old, batches=None)
+        if self.bytes > KEPT_BYTES:
+            i, oldest = next((i, old) for i, old in enumerate(self.waiting) if old.batches is not None)
+            self.bytes -= _bytes(oldest)
+            self.waiting[i] = dataclasses.replace(oldest, batches=None)
 
     def read(self, step: int) -> list[Seen]:
         """Read the results of the steps up to ``step``, all at once; the host waits until the device has done them."""

@@ -146,7 +146,7 @@ def replay(found: Checkpoint, asked: Config, say: Callable[[str], None] = print)
             f"  again  loss {loss:.9g}, gradient norm {norm:.9g}: "
             + ("reproduced bit for bit" if same else f"NOT reproduced bit for bit; this time {WORDS[verdict]}")
         )
-        say("\n" + look(engine, state, given, meta))
+        say("\n" + look(engine, state, given, meta, table=not changed))
         if not changed:
             if not same:
                 say(
@@ -164,7 +164,7 @@ def replay(found: Checkpoint, asked: Config, say: Callable[[str], None] = print)
             + ("goes away" if gone else "stays")
         )
         if not gone:
-            say("\n" + look(other, state, given, meta))
+            say("\n" + look(other, state, given, meta, table=True))
         return not gone
 
 
@@ -372,6 +372,7 @@ class Looked:
     forward: str = ""  # the first output that is not finite
     backward: str = ""  # the first gradient that is not
     before: str = ""  # where the gradient was last finite
+    rows: list[int] = field(default_factory=list)  # of the data order, in the micro-batch
 
     def output(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any, scale: float) -> None:
         for result in results if isinstance(results, tuple) else (results,):
@@ -385,9 +386,12 @@ class Looked:
                     if isinstance(value, Tensor) and value.is_floating_point():
                         given.add(value)
                 where = (~torch.isfinite(result)).nonzero()[0].tolist()
+                token = ""
+                if result.ndim >= 3 and len(result) == len(self.rows):  # (B, T, …)
+                    token = f" (row {self.rows[where[0]]} of the data order, column {where[1]})"
                 self.forward = (
                     f"{place.name} puts out {place.activations.bad - before} of {result.numel()} numbers that are not "
-                    f"finite, the first at {where} of {list(result.shape)}; the largest of its inputs: {given}"
+                    f"finite, the first at {where}{token}; the largest of its inputs: {given}"
                 )
             if result.requires_grad:
                 result.register_hook(lambda g: self.gradient(place, g, scale))
@@ -405,10 +409,9 @@ class Looked:
             self.before = place.name
 
 
-def look(engine: train.Engine, state: dict[str, Tensor], given: Given, meta: dict[str, Any]) -> str:
-    """A table of what every call site computes in this step, eagerly, and what in it was first not finite, or largest.
-
-    Gradients are those of the mean loss; the optimizer takes no step.
+def look(engine: train.Engine, state: dict[str, Tensor], given: Given, meta: dict[str, Any], table: bool) -> str:
+    """A table of what every call site computes in this step, eagerly (where wanted), and what in it was first not
+    finite, or largest. Gradients are those of the mean loss; the optimizer takes no step.
     """
     config, model, device = engine.config, engine.model, engine.world.device
     _load(engine, state)
@@ -417,7 +420,10 @@ def look(engine: train.Engine, state: dict[str, Tensor], given: Given, meta: dic
     with _watching(model, seen, scale):
         for rank, batches in enumerate(given.micro_batches(config.train.micro_rows, device)):
             _draw_from(given.random[rank], rank, device)
+            row = 0
             for batch in batches:
+                seen.rows = [_row(meta, rank, row + i) for i in range(len(batch.ids))]
+                row += len(batch.ids)
                 model(batch.ids, batch.targets, batch.seq_start).backward()
     modules = dict(model.named_modules())
     faults: list[str] = []
@@ -453,7 +459,13 @@ def look(engine: train.Engine, state: dict[str, Tensor], given: Given, meta: dic
         parts = [f"{n} {math.sqrt(squares[n]):.3g} ({squares[n] / total:.0%} of the square)" for n in largest if total]
         faults.append("all is finite; the largest gradients: " + ", ".join(parts))
     first_word = "first not finite\n  " if bad_weights or seen.forward or seen.backward or bad_gradients else ""
-    return _table(list(seen.places.values())) + "\n\n" + first_word + "\n  ".join(faults)
+    return (_table(list(seen.places.values())) + "\n\n" if table else "") + first_word + "\n  ".join(faults)
+
+
+def _row(meta: dict[str, Any], rank: int, index: int) -> int:
+    """Where in the data order the row lies that was a process's ``index``-th in the step."""
+    rows, processes = int(meta["config"]["train"]["micro_rows"]), int(meta["world_size"])
+    return int(meta["position"]) + index // rows * rows * processes + rank * rows + index % rows
 
 
 @contextlib.contextmanager

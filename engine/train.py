@@ -510,6 +510,8 @@ class Loop:
             self._log({"kind": "bad", "step": one.done.step, **numbers, **about})
         which = f"step {bad[0].done.step}" + (f" and {len(bad) - 1} more up to {bad[-1].done.step}" if bad[1:] else "")
         kept = "".join(f"; look into it with: tritium replay {path}" for path in paths if path is not None)
+        if seen[-1].streak >= 10 and not self.config.train.rollback_after:
+            kept += f"; {seen[-1].streak} in a row, and --train.rollback_after would go back to a good checkpoint"
         self.reporter.warn(f"{which}: skipped ({bad[0]}); {bad[-1].skipped} of {seen[-1].done.step} steps so far{kept}")
 
     def _again(self, position: int) -> list[MicroBatch]:
