@@ -538,12 +538,13 @@ class Loop:
         good = []
         for path in checkpoint.candidates(self.out):
             with contextlib.suppress(checkpoint.CheckpointError):
-                found = checkpoint.verify(path)
-                if not found.meta.get("streak", 0):
-                    good.append(found)
+                good.append(checkpoint.verify(path))
         if world.any(not good):
             raise BadSteps(f"{span}, and {self.out} holds no good checkpoint to go back to")
-        found = good[min(self.tries, len(good) - 1)]  # a second time at the same place: one further back
+        # not to one that Ctrl-C has made: a run that was stopped and continued does what it would have done
+        every = [f for f in good if not f.step % self.config.run.save_every and not f.meta.get("streak", 0)]
+        good = every or good
+        found = good[1 if self.tries and good[1:] else 0]  # a second time at the same place: one further back
         restore(self.engine, found)
         self.tries += 1
         back = Rollback(step, found.step, int(found.meta["position"]), position, self.tries)
@@ -634,8 +635,11 @@ class Loop:
 
     def _save_or_warn(self, step: int, position: int, saved: int | None) -> int | None:
         """A save in the middle of a run that fails is no reason to lose the run: say so and try again at the next
-        one.
+        one. Nor is one made within bad steps: good ones would have to go for it, and a rollback to it would be none.
         """
+        if streak := int(self.engine.optimizer.guard.streak.item()):
+            self.reporter.warn(f"no checkpoint is written at step {step}: {streak} bad steps in a row")
+            return saved
         try:
             self._save(step, position)
         except checkpoint.CheckpointError as error:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -443,6 +444,20 @@ def test_a_run_that_was_killed_after_a_rollback_goes_on_like_one_that_was_not(
     assert Rollback.read(whole) == Rollback.read(parts)
 
 
+@pytest.mark.parametrize("after", [9, 11])  # a good step, a bad one
+def test_a_run_that_was_stopped_goes_back_to_where_it_would_have(data, cursed, tmp_path, monkeypatch, after):
+    curse(monkeypatch, (9 * ROWS, 13 * ROWS))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trained(rolling(data, whole))
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, lambda count, optimizer: count == after and os.kill(os.getpid(), signal.SIGINT))
+        trained(rolling(data, parts))
+    assert checkpoint.newest(parts, pytest.fail).step == after
+    trained(rolling(data, parts))
+    assert different(whole, parts) == []
+    assert Rollback.read(whole) == Rollback.read(parts)
+
+
 def test_it_gives_up_after_a_few_rollbacks_and_went_further_back_each_time(data, cursed, tmp_path, monkeypatch):
     curse(monkeypatch, (13 * ROWS, 10**9))
     with pytest.raises(BadSteps, match=r"3 in a row, after 3 rollbacks .* neither the data nor"):
@@ -455,11 +470,20 @@ def test_it_gives_up_after_a_few_rollbacks_and_went_further_back_each_time(data,
     assert cli.main(["train", str(tmp_path)]) == 1  # a user reads one message; and the count goes on
 
 
-def test_a_checkpoint_that_was_written_within_the_bad_steps_is_not_gone_back_to(data, cursed, tmp_path, monkeypatch):
+def test_within_bad_steps_no_checkpoint_is_written(data, cursed, tmp_path, monkeypatch):
+    """It would push out the good ones, and be gone back to."""
     curse(monkeypatch, (6 * ROWS, 9 * ROWS))
-    trained(rolling(data, tmp_path))
+    said = trained(rolling(data, tmp_path))
     assert Rollback.read(tmp_path) == [Rollback(9, 4, 4 * ROWS, 9 * ROWS, 1)]
-    assert (tmp_path / "checkpoints" / "damaged_step_00000008").exists()
+    assert any("no checkpoint is written at step 8: 2 bad" in text for text in said)
+
+
+def test_it_gives_up_too_where_checkpoints_would_lie_within_the_bad_steps(data, cursed, tmp_path, monkeypatch):
+    """These would begin the count of rollbacks anew."""
+    curse(monkeypatch, (9 * ROWS, 10**9))
+    with pytest.raises(BadSteps, match="after 3 rollbacks"):
+        trained(rolling(data, tmp_path, train_steps=100, train_log_every=5))
+    assert [(one.from_step, one.to_step) for one in Rollback.read(tmp_path)] == [(15, 8), (15, 4), (10, 0)]
 
 
 def test_nan_in_a_weight_is_mended_by_going_back(data, tmp_path, monkeypatch):
