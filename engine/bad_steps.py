@@ -26,14 +26,14 @@ from tritium.engine.guard import WORDS, Guard
 from tritium.engine.parallel import World
 from tritium.engine.step import MicroBatch
 
-KEPT_BYTES = 256 * 2**20  # of batches that wait for their step's loss; those of older steps are read again if needed
+KEPT_BYTES = 64 * 2**20  # of batches that wait for their step's loss; those of older steps are read again if needed
 ROLLBACKS = 3  # without a new checkpoint between them, before a run gives up
 
 
 @dataclass(frozen=True)
 class Done:
     """A step that was started. position: its first row in the data order. result: (2 + 8,) fp32 on the device, mean
-    loss, gradient norm and the guard's state after it; before: the guard's state before it. batches: as the host got
+    loss, gradient norm and the guard's state after it; before: the guard's state before it. batches: as the device got
     them, None where they are not kept. random: of this process, before the step.
     """
 

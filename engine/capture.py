@@ -118,8 +118,8 @@ class CapturedStep:
     def _whole(self) -> None:
         loss = self.loss(self.batch)
         loss.backward()
-        self.norm.copy_(self.optimizer.step(self.lr, self.inverse_count))
         self.mean.copy_(loss.detach() * self.inverse_count)
+        self.norm.copy_(self.optimizer.step(self.lr, self.inverse_count, self.mean))
         self.optimizer.zero_grad()
 
     def _micro(self) -> None:
@@ -128,8 +128,8 @@ class CapturedStep:
         self.total += loss.detach()
 
     def _update(self) -> None:
-        self.norm.copy_(self.optimizer.step(self.lr, self.inverse_count))
         self.mean.copy_(self.total * self.inverse_count)
+        self.norm.copy_(self.optimizer.step(self.lr, self.inverse_count, self.mean))
         self.total.zero_()
         torch._foreach_zero_(self.optimizer.gradients())
 

@@ -61,7 +61,8 @@ def as_it_was(found: Checkpoint) -> Config:
     """The configuration of the dump, with what it left to the machine as that had decided."""
     precision = {"float32": "fp32", "bfloat16": "bf16"}.get(found.meta["dtype"], found.config.train.precision)
     compiled = "true" if found.meta["compiled"] else "false"
-    return found.config.replace(train={"precision": precision, "compile": compiled})
+    # a captured step has the bits of the plain one (engine/capture.py), and a replay runs it once
+    return found.config.replace(train={"precision": precision, "compile": compiled, "cuda_graphs": "false"})
 
 
 def check(was: Config, asked: Config) -> list[str]:

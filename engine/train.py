@@ -395,9 +395,7 @@ class Loop:
         self.reporter.status(
             "compiling and running the first step" if self.engine.compiled else "running the first step"
         )
-        batches = Ahead(
-            self.task.batches(position, world.rank, world.size, pin_memory=device.type == "cuda"), device
-        )
+        batches = Ahead(self.task.batches(position, world.rank, world.size, pin_memory=device.type == "cuda"), device)
         tracer = self._tracer(step)
         self.dumps = Dumps(self.out, c.run.bad_steps, world, step, self.fresh, self.reporter.warn)
         guard = self.engine.optimizer.guard
@@ -489,7 +487,6 @@ class Loop:
         self._log({"kind": "step", **values, "skipped": one.skipped})
         self.streak = one.streak
         self._bad(seen, started)
-        self.clock, self.clock_step = time.perf_counter(), done.step
 
     def _bad(self, seen: list[Seen], started: int) -> None:
         """Say which steps were bad, and dump the first of each streak."""

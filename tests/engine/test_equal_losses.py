@@ -13,7 +13,11 @@ from tritium.engine.config import Config, GPTConfig, OptimConfig, TrainConfig
 from tritium.engine.step import MicroBatch, train_step
 
 # how forward and backward are run; a further way is an entry here, and `make test-full` holds it to all the rest
-WAYS = {"eager": {"compile": "false"}, "compiled": {"compile": "true"}}
+WAYS = {
+    "eager": {"compile": "false"},
+    "compiled": {"compile": "true"},
+    "per block": {"compile": "true", "compile_scope": "block"},
+}
 RECOMPUTE = ("none", "full", "selective")
 MICRO_ROWS = (8, 4, 2)
 PRECISIONS = ("fp32", "bf16")
@@ -23,8 +27,11 @@ STEPS, ROWS, T, V = 4, 8, 32, 200
 BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (1e-2, 5e-2)}
 
 EVERYTHING = list(itertools.product(PRECISIONS, WAYS, RECOMPUTE, MICRO_ROWS))
-# in every run of the tests: all that needs no compiler, and one that needs it
-QUICK = [c for c in EVERYTHING if c[1] == "eager"] + [("fp32", "compiled", "selective", 4)]
+# in every run of the tests: all that needs no compiler, and one of each kind that needs it
+QUICK = [c for c in EVERYTHING if c[1] == "eager"] + [
+    ("fp32", "compiled", "selective", 4),
+    ("fp32", "per block", "full", 2),
+]
 
 
 def config_for(precision: str, way: str, recompute: str, micro_rows: int) -> Config:
