@@ -433,7 +433,7 @@ def test_an_arm_takes_its_own_tensors_and_the_most_that_a_step_takes(tmp_path, m
     own = ablate.Arm(CONFIG.replace(train={"batch_rows": 4}), "cpu").engine.model.num_parameters()
     assert own == weights
     for row in result["arms"]:
-        assert row["own_bytes"] == 3 * 4 * own + 2 * 4  # a weight and two moments, fp32; two counters
+        assert row["own_bytes"] == 3 * 4 * own + 9 * 4  # a weight and two moments, fp32; a counter and the guard's
         assert row["peak_bytes"] == row["own_bytes"] + 1000
 
 

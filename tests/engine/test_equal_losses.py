@@ -27,10 +27,9 @@ STEPS, ROWS, T, V = 4, 8, 32, 200
 BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (1e-2, 5e-2)}
 
 EVERYTHING = list(itertools.product(PRECISIONS, WAYS, RECOMPUTE, MICRO_ROWS))
-# in every run of the tests: all that needs no compiler, and one of each kind that needs it
+# in every run of the tests: all that needs no compiler, and one that does (test_compiling.py has blocks)
 QUICK = [c for c in EVERYTHING if c[1] == "eager"] + [
     ("fp32", "compiled", "selective", 4),
-    ("fp32", "per block", "full", 2),
 ]
 
 
