@@ -486,6 +486,14 @@ def test_it_gives_up_too_where_checkpoints_would_lie_within_the_bad_steps(data, 
     assert [(one.from_step, one.to_step) for one in Rollback.read(tmp_path)] == [(15, 8), (15, 4), (10, 0)]
 
 
+def test_a_new_checkpoint_begins_the_count_of_rollbacks_anew(data, cursed, tmp_path, monkeypatch):
+    curse(monkeypatch, (9 * ROWS, 12 * ROWS), (17 * ROWS, 20 * ROWS))
+    trained(rolling(data, tmp_path, train_steps=20))
+    assert Rollback.read(tmp_path) == [
+        Rollback(12, 8, 8 * ROWS, 12 * ROWS, 1), Rollback(16, 12, 16 * ROWS, 20 * ROWS, 1)
+    ]  # fmt: skip
+
+
 def test_nan_in_a_weight_is_mended_by_going_back(data, tmp_path, monkeypatch):
     def weight(step, optimizer):
         if step == 6:
