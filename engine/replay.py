@@ -59,7 +59,9 @@ def open_dump(path: pathlib.Path | str) -> Checkpoint:
 
 def as_it_was(found: Checkpoint) -> Config:
     """The configuration of the dump, with what it left to the machine as that had decided."""
-    precision = {"float32": "fp32", "bfloat16": "bf16"}.get(found.meta["dtype"], found.config.train.precision)
+    precision: str = found.config.train.precision
+    if precision == "auto":
+        precision = {"float32": "fp32", "bfloat16": "bf16"}[found.meta["dtype"]]
     compiled = "true" if found.meta["compiled"] else "false"
     # a captured step has the bits of the plain one (engine/capture.py), and a replay runs it once
     return found.config.replace(train={"precision": precision, "compile": compiled, "cuda_graphs": "false"})

@@ -1,5 +1,6 @@
 """Bad steps in training, planted: skipped, counted, dumped, repeated by ``tritium replay``, rolled back from."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from tritium.engine import bad_steps, checkpoint, cli, train
+from tritium.engine import bad_steps, checkpoint, cli, replay, train
 from tritium.engine.bad_steps import BadSteps, Recent, Rollback
 from tritium.engine.checkpoint import CheckpointError
 from tritium.engine.config import Config, ConfigError, DataConfig, GPTConfig, OptimConfig, RunConfig, TrainConfig
@@ -260,6 +261,17 @@ def test_with_another_backend_the_fault_goes_away_and_with_another_precision_it_
     assert "reproduced bit for bit" in text  # first as it was
     status, text = replayed(capsys, path, "--train.precision", "bf16", "--train.micro_rows", "4")
     assert status == 0 and "the fault stays" in text
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "wanted"),
+    [("auto", "float32", "fp32"), ("auto", "bfloat16", "bf16"), ("fp8", "bfloat16", "fp8")],
+)
+def test_a_replay_has_the_precision_that_the_run_had(precision, dtype, wanted):
+    config = Config(train=TrainConfig(precision=precision, compile="auto", cuda_graphs="true"))
+    meta = {"config": dataclasses.asdict(config), "dtype": dtype, "compiled": True}
+    train = replay.as_it_was(checkpoint.Checkpoint(None, meta)).train
+    assert (train.precision, train.compile, train.cuda_graphs) == (wanted, "true", "false")
 
 
 def test_a_replay_that_comes_out_differently_says_so(dumps, data, cursed, tmp_path, capsys, monkeypatch):
