@@ -1,5 +1,7 @@
 """What was measured per device, as data: it is well-formed, and ``auto`` takes it."""
 
+import typing
+
 import pytest
 import torch
 
@@ -7,14 +9,21 @@ from tritium.engine import config, train, tuned
 from tritium.engine.config import Config, GPTConfig, TrainConfig
 
 
-def test_every_entry_is_a_value_of_its_setting_and_names_its_evidence():
-    import typing
+def check(entry):
+    section, _, name = entry["setting"].partition(".")
+    allowed = typing.get_args(typing.get_type_hints(config._SECTIONS[section])[name])
+    assert entry["value"] in allowed and entry["value"] != "auto" and "auto" in allowed
+    assert entry["evidence"] and set(entry) <= {"setting", "value", "arch", "dtype", "evidence"}
 
+
+def test_every_entry_is_a_value_of_its_setting_and_names_its_evidence():
     for entry in tuned.entries():
-        section, _, name = entry["setting"].partition(".")
-        allowed = typing.get_args(typing.get_type_hints(config._SECTIONS[section])[name])
-        assert entry["value"] in allowed and entry["value"] != "auto" and "auto" in allowed
-        assert entry["evidence"] and set(entry) <= {"setting", "value", "arch", "dtype", "evidence"}
+        check(entry)
+    good = {"setting": "train.weight_layout", "value": "in_out", "arch": "x*", "dtype": "float32", "evidence": "-"}
+    check(good)
+    for wrong in ({"value": "auto"}, {"value": "nt"}, {"setting": "train.seed"}, {"evidence": ""}, {"when": "now"}):
+        with pytest.raises((AssertionError, KeyError)):
+            check(good | wrong)
 
 
 @pytest.mark.parametrize(("layout", "rows_first"), [("auto", False), ("out_in", True), ("in_out", False)])
