@@ -1235,7 +1235,7 @@ def configured(a: argparse.Namespace, fields: Sequence[str], device: str) -> tup
         config = config.replace(model=model)
     B = a.B or B
     rows = config.train.micro_rows if a.steps or any("micro" in f for f in fields) else B
-    return config.replace(train={"batch_rows": B, "micro_rows": rows if B % rows == 0 else B}), T, B
+    return config.replace(train={"batch_rows": B, "micro_rows": rows if rows and B % rows == 0 else B}), T, B
 
 
 def request_of(a: argparse.Namespace, fields: Sequence[str], device: str) -> Request:

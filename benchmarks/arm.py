@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import pathlib
-import resource
 import select
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from tritium.engine import allocator
+from tritium.engine.allocator import peak_bytes, resident_bytes
 from tritium.engine.config import Config
 
 OURS = "tritium"
@@ -221,21 +221,3 @@ class Arm:
         self.turn += 1
         (ms,) = self.clock.times_ms([lambda: self.training.step(*batch)])
         return {"ms": ms}
-
-
-def _status_bytes(field: str) -> int | None:
-    """A memory figure of this process from /proc (Linux)."""
-    path = pathlib.Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
-
-
-def peak_bytes() -> int:
-    """The largest resident size of this process so far: VmHWM, since ru_maxrss starts at the *parent's* peak."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def resident_bytes() -> int:
-    """The resident size of this process now; where the system does not say, its peak so far."""
-    return _status_bytes("VmRSS") or peak_bytes()

@@ -11,7 +11,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pathlib
 import platform
+import resource
+import sys
 from collections.abc import Iterator
 
 # mallopt's parameters and glibc's defaults for them (malloc.h, mallopt(3))
@@ -50,3 +53,37 @@ def freed_memory_kept(on: bool = True) -> Iterator[bool]:
         for parameter, value in _DEFAULTS:
             libc.mallopt(parameter, value)
         libc.malloc_trim(0)
+
+
+def _status_bytes(field: str) -> int | None:
+    """A memory figure of this process from /proc (Linux)."""
+    path = pathlib.Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process so far: VmHWM, since ru_maxrss starts at the *parent's* peak."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def resident_bytes() -> int:
+    """The resident size of this process now; where the system does not say, its peak so far."""
+    return _status_bytes("VmRSS") or peak_bytes()
+
+
+def available_bytes() -> int | None:
+    """What this process may still take of the host's memory: of the system's, and of its control group's and its own
+    address space where these have limits. None where the system does not say (other than Linux)."""
+    path = pathlib.Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    group = pathlib.Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        used = int((group / "memory.current").read_text())
+        found.append(max(0, int((group / "memory.max").read_text()) - used))
+    most, taken = resource.getrlimit(resource.RLIMIT_AS)[0], _status_bytes("VmSize")
+    if most != resource.RLIM_INFINITY and taken is not None:
+        found.append(max(0, most - taken))
+    return min(found, default=None)

@@ -143,6 +143,7 @@ def _expected(error: Exception) -> str | None:
         ("tritium.engine.bad_steps", "BadSteps"),
         ("tritium.engine.generate", "GenerateError"),
         ("tritium.engine.hf", "HFError"),
+        ("tritium.engine.plan", "OutOfMemory"),
     )
     known = [getattr(sys.modules[module], name, None) for module, name in places if module in sys.modules]
     if isinstance(error, (ConfigError, *(k for k in known if k is not None))):
@@ -566,6 +567,76 @@ def _replay(argv: list[str]) -> int:
     _find_modules_here(asked.kernels.choices().values())
     _find_modules_here(dump.config.kernels.choices().values())
     return 0 if replay.replay(dump, asked) else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Flags of ``tritium plan``, beside those of ``tritium train``."""
+
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
+    """A preset, or the folder of a run."""
+    gpu: Literal["", "a100", "h100", "h200", "b200"] = ""
+    """The GPU to plan for, which need not be here; empty: this machine."""
+    gpus: int = 1
+    """Devices that train together (data parallel)."""
+    memory_gb: float = 0.0
+    """Memory of a device that may be used, in GB (10⁹ bytes); 0: all that it has, or that is free on this machine."""
+    json: str = ""
+    """Write the plan as data to this file."""
+    picture: str = ""
+    """Draw the plan into this file (PNG)."""
+
+
+def _plan(argv: list[str]) -> int:
+    sections = [field.name for field in dataclasses.fields(Config)]
+    own: list[str] = []
+    fields: list[str] = []
+    into = own
+    for word in argv:
+        if word.startswith("--"):
+            into = fields if word[2:].partition("=")[0].partition(".")[0] in sections else own
+        into.append(word)
+    about = (
+        "Peak memory by kind and the least time of a training step for every recompute policy with the largest "
+        "micro-batch that fits under it, and the fastest that fits; nothing is run. It takes a minute or two for a "
+        "compiled step, seconds with --train.compile false. Every field of the configuration is a flag too, as for "
+        f"{command()} train (--train.batch_rows 64, --kernels.default triton).\n\n" + _preset_list()
+    )
+    options = parse(PlanOptions, own, "plan", about, positional=("preset",))
+    if options.gpus < 1:
+        raise UsageError(f"--gpus must be at least 1, not {options.gpus}")
+    if options.memory_gb < 0:
+        raise UsageError(f"--memory_gb must not be negative, it is {options.memory_gb:g}")
+    config = parse(Config, fields, f"plan {options.preset}", about, default=_start(options.preset))
+    config.replace(train={"micro_rows": 0}).check(options.gpus)
+    _find_modules_here(config.kernels.choices().values())
+    import torch
+
+    from tritium.engine import plan
+    from tritium.kernels.site import Machine
+
+    say = (lambda text: print(text, file=sys.stderr, flush=True)) if sys.stderr.isatty() else (lambda text: None)
+    if options.gpu:
+        target = plan.Target.gpu(options.gpu)
+    else:
+        cuda = config.train.device != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda" if cuda else "cpu")
+        dtype = _dtype(config.train.precision, Machine.here(device))
+        target = plan.Target.here(device, dtype)
+    if options.memory_gb:
+        target = dataclasses.replace(target, memory=int(options.memory_gb * 1e9))
+    made = plan.make(config, target, options.gpus, compiled=config.train.compile != "false", say=say)
+    print(plan.text(made))
+    if made.chosen is not None:
+        print(f"\n{command()} train {options.preset} {' '.join([*fields, made.chosen.flags])}")
+    if options.json:
+        pathlib.Path(options.json).write_text(plan.to_json(made))
+    if options.picture:
+        plan.draw(made, pathlib.Path(options.picture))
+    return 0 if made.chosen is not None else 1
 
 
 # ------------------------------------------------------------------------------------------------------------- prepare
@@ -1279,6 +1350,7 @@ def _ablate(argv: list[str]) -> int:
 VERBS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("train a preset, or continue a run", _train),
     "replay": ("repeat a bad step that training dumped: the kernel, the data or the precision?", _replay),
+    "plan": ("memory and time of a training step before it runs, for a GPU that need not be here", _plan),
     "prepare": ("turn text into token shards", _prepare),
     "sample": ("let a trained model write", _sample),
     "evaluate": ("loss, perplexity and bits per byte of a trained model", _evaluate),

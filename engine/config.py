@@ -150,7 +150,9 @@ class TrainConfig:
     batch_rows: int = 480
     """Rows (sequences of block_size tokens) per optimizer step, over all processes."""
     micro_rows: int = 16
-    """Rows per forward/backward on one process; batch_rows must be a multiple of micro_rows × processes."""
+    """Rows per forward/backward on one process; batch_rows must be a multiple of micro_rows × processes. 0: the number
+    that `tritium plan` finds fastest among those that fit into the memory that is free.
+    """
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """bf16: compute weights in bf16 beside fp32 masters. fp8: as bf16, with the matrix products of fp8_layers in fp8
     (on a CPU: emulated, at no gain in speed). auto: bf16 where the device multiplies bf16 matrices faster than fp32
@@ -183,10 +185,20 @@ class TrainConfig:
     and the checkpoints are the same, the GEMMs read and write their operands in another order. auto: as was measured on
     such a device, else (out, in).
     """
-    recompute: Literal["none", "full", "selective"] = "none"
-    """Activations recomputed in backward: none, every block, or everything but the ops in recompute_keep."""
+    recompute: Literal["none", "full", "every", "selective", "budget"] = "none"
+    """Activations recomputed in backward: none; every block (full); every recompute_every-th block; everything but the
+    ops in recompute_keep (selective); or whatever exceeds recompute_budget_gb, the cheapest first (budget).
+    """
+    recompute_every: int = 2
+    """With recompute=every: K; each K-th block is recomputed."""
     recompute_keep: tuple[str, ...] = ("attention", "linear")
     """With recompute=selective: ops whose results are kept."""
+    recompute_budget_gb: float = 0.0
+    """With recompute=budget: GB (10⁹ bytes) that all blocks together keep for one micro-batch's backward."""
+    loss_chunk: int = 0
+    """Rows (tokens) whose logits exist at one time, for the backends of linear_cross_entropy that chunk; 0: their own
+    choice.
+    """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu, cuda, or auto: a GPU where there is one."""
     deterministic: Literal["auto", "true", "false"] = "auto"
@@ -361,9 +373,10 @@ class Config:
         t, o, d = self.train, self.optim, self.data
         found = self.model.problems() + self.kernels.problems()
         for section, name, low in (
-            (t, "steps", 0), (t, "batch_rows", 1), (t, "micro_rows", 1), (t, "eval_every", 0), (t, "eval_tokens", 0),
+            (t, "steps", 0), (t, "batch_rows", 1), (t, "micro_rows", 0), (t, "eval_every", 0), (t, "eval_tokens", 0),
             (t, "sample_every", 0), (t, "sample_tokens", 0), (t, "log_every", 1), (o, "warmup_steps", 0),
             (t, "rollback_after", 0), (self.run, "save_every", 0), (self.run, "keep", 1), (self.run, "bad_steps", 0),
+            (t, "recompute_every", 1), (t, "loss_chunk", 0),
             (o, "lr", 0), (o, "grad_clip", 0), (o, "skip_outliers", 0), (o, "eps", 0), (o, "weight_decay", 0),
         ):  # fmt: skip
             if getattr(section, name) < low:
@@ -379,12 +392,17 @@ class Config:
                 "train.precision=fp8 and train.fp8_layers names no layer, so that all would be bf16; give patterns "
                 "such as 'blocks.*', or use train.precision=bf16"
             )
-        share = t.micro_rows * world_size
-        if t.batch_rows >= 1 and t.micro_rows >= 1 and t.batch_rows % share:
-            near = max(share, t.batch_rows // share * share)
+        if t.recompute == "budget" and not t.recompute_budget_gb > 0.0:
             found.append(
-                f"train.batch_rows={t.batch_rows} must be a multiple of train.micro_rows={t.micro_rows} × "
-                f"{world_size} process(es) = {share}, "
+                f"train.recompute=budget needs train.recompute_budget_gb above 0, it is {t.recompute_budget_gb:g}: "
+                "without bytes to keep nothing can be chosen; give it, or use --train.recompute full"
+            )
+        share = max(t.micro_rows, 1) * world_size
+        if t.batch_rows >= 1 and t.micro_rows >= 0 and t.batch_rows % share:
+            near = max(share, t.batch_rows // share * share)
+            rows = f"train.micro_rows={t.micro_rows} × " if t.micro_rows else ""
+            found.append(
+                f"train.batch_rows={t.batch_rows} must be a multiple of {rows}{world_size} process(es) = {share}, "
                 f"or the last micro-batch would be short; use e.g. --train.batch_rows {near}"
             )
         if t.cuda_graphs == "true" and t.recompute != "none" and self.model.dropout > 0.0:

@@ -188,7 +188,7 @@ class Head(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         V, Vp, C = config.vocab_size, config.padded_vocab_size, config.n_embd
-        self.config = config
+        self.config, self.chunk = config, 0  # rows whose logits exist at one time: train.loss_chunk
         self.weight = None if config.tie_head else nn.Parameter(torch.empty(Vp, C))
         options = {"tied": config.tie_head, "softcap": config.logit_softcap}
         training = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss}
@@ -218,7 +218,9 @@ class Head(nn.Module):
         smoothing, z_loss = (c.label_smoothing, c.z_loss) if self.training else (0.0, 0.0)
         options = (c.vocab_size, -100, smoothing, z_loss, c.logit_softcap)
         if self.linear_cross_entropy is not None:
-            return self.linear_cross_entropy(x, weight, targets, *options, with_grad=torch.is_grad_enabled())
+            return self.linear_cross_entropy(
+                x, weight, targets, *options, self.chunk, with_grad=torch.is_grad_enabled()
+            )
         assert self.cross_entropy is not None
         return self.cross_entropy(self.linear(x, weight.to(x.dtype)), targets, *options, reduction="sum")
 

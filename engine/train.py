@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritium.engine import allocator, bad_steps, checkpoint, compiling, metrics, precision, tuned
+from tritium.engine import allocator, bad_steps, checkpoint, compiling, metrics, plan, precision, tuned
 from tritium.engine.bad_steps import ROLLBACKS, BadSteps, Done, Dumps, Recent, Rollback, Seen
 from tritium.engine.capture import CapturedStep, CudaGraphs
 from tritium.engine.config import Config, ConfigError, data_folder
@@ -89,12 +89,17 @@ class Engine:
         return state
 
 
-def build(config: Config, world: World = World(), *, compile: bool | None = None) -> Engine:
+def build(
+    config: Config, world: World = World(), *, compile: bool | None = None, machine: Machine | None = None
+) -> Engine:
     """Model, kernels, optimizer and loss for ``config`` (whose vocab_size is set) on ``world.device``; weights are
     fresh.
 
-    compile: overrides config.train.compile. KernelError when a kernel choice cannot be met.
+    compile: overrides config.train.compile. machine: what kernels are chosen for; default: the one this process runs
+    on. KernelError when a kernel choice cannot be met, ConfigError for a budget or a number of rows that cannot be.
     """
+    if config.train.micro_rows < 1:
+        raise ConfigError("train.micro_rows=0 leaves the rows to the plan: engine.plan.resolve(config, world) first")
     device = world.device
     torch.manual_seed(config.train.seed)
     with torch.device(device):
@@ -109,7 +114,7 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
     masters = precision.to_compute_dtype(model, dtype)
     optimizer = AdamW(model, config.optim, masters)
     compiled = should_compile(config, device)[0] if compile is None else compile
-    table = _bind([model, optimizer], config, device, dtype, compiled)
+    table = _bind([model, optimizer], config, device, dtype, compiled, machine)
     accumulates = (
         config.train.batch_rows > config.train.micro_rows
     )  # over micro-batches or processes: sum gradients in fp32
@@ -120,7 +125,12 @@ def build(config: Config, world: World = World(), *, compile: bool | None = None
     if config.train.recompute != "none":
         from tritium.engine import recompute
 
-        recompute.apply(model, config.train.recompute, config.train.recompute_keep)
+        t = config.train
+        recompute.apply(
+            model, t.recompute, t.recompute_keep, every=t.recompute_every, budget=int(t.recompute_budget_gb * 1e9),
+            rows=t.micro_rows, machine=machine,
+        )  # fmt: skip
+    model.head.chunk = config.train.loss_chunk
     forward: Callable[..., Tensor] = model
     if compiled:
         forward = compiling.compiled(model, config.train.compile_scope, config.train.compile_mode)
@@ -170,10 +180,15 @@ def on_meta(config: Config, dtype: torch.dtype) -> list[Any]:
 
 
 def _bind(
-    holders: Sequence[Any], config: Config, device: torch.device, dtype: torch.dtype, compiled: bool
+    holders: Sequence[Any],
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool,
+    machine: Machine | None = None,
 ) -> list[op.Row]:
     return op.bind(
-        holders, config.kernel_choices(), machine=Machine.here(device), dtype=dtype, compiled=compiled,
+        holders, config.kernel_choices(), machine=machine or Machine.here(device), dtype=dtype, compiled=compiled,
         deterministic=is_deterministic(config, device),
     )  # fmt: skip
 
@@ -261,7 +276,7 @@ def main(config: Config, reporter: Reporter | None = None) -> Outcome:
         if not world.first:
             reporter = Reporter(quiet=True)
         try:
-            with settings(config, world.device):
+            with settings(config, world.device), plan.advising(config, world):
                 return _run(config, world, reporter)
         finally:
             reporter.close()
@@ -313,6 +328,11 @@ def _prepare_and_run(config: Config, out: pathlib.Path, world: World, reporter: 
                 f"{found.path} is at step {found.step}, beyond train.steps={config.train.steps}: there is nothing left "
                 f"to train. Use --train.steps {2 * found.step}, or start a new run with --run.out OTHER_FOLDER"
             )
+    if config.train.micro_rows == 0:
+        reporter.status("planning the micro-batch")
+        config, why = plan.resolve(config, world)
+        task.config = config
+        reporter.note(why)
     task.check()
 
     _, why_not = should_compile(config, world.device)

@@ -19,6 +19,7 @@ from torch.library import CustomOpDef
 
 NAMESPACE = "tritium"
 _SIMPLE = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # name of a registered op → what computes it, returning what the op does
 watching = 0  # dispatch modes at work that only watch (engine/syncs.py): what they see must be what runs without them
 
 
@@ -182,10 +183,10 @@ def _register(
     if single == schema:
         op = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
         op.register_fake(fake)
+        LAUNCHERS[name] = function
         return op, op
-    op = torch.library.custom_op(
-        f"{NAMESPACE}::{name}", lambda *args: function(*args)[0], mutates_args=(), schema=single
-    )
+    LAUNCHERS[name] = lambda *args: function(*args)[0]
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", LAUNCHERS[name], mutates_args=(), schema=single)
     op.register_fake(lambda *args: fake(*args)[0])
     return op, lambda *args: (op(*args),)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from tritium.kernels.autograd import differentiable
 from tritium.kernels.cross_entropy import impl_triton as cross_entropy
 from tritium.kernels.lib import triton_launch as launch
-from tritium.kernels.site import Site
+from tritium.kernels.site import Site, interpreting
 
 DETERMINISTIC = True
 # of logits: 5,300 rows of GPT-2's vocabulary in bf16, where the traffic of dW is below 7 % of the GEMMs' time
@@ -124,7 +124,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     torch.addmm may have its first argument as ``out``: addmm_ is just that, and CUDA's kernel copies only where they
     differ. With ``out_dtype`` that argument is of out's dtype, not of the factors'.
     """
-    if a.device.type == "cpu":  # torch has no mixed-precision GEMM there; only the interpreter comes this way
+    if a.device.type == "cpu" and interpreting():  # torch has no mixed-precision GEMM there, only shapes of its result
         a, b = a.float(), b.float()
     mixed: dict[str, Any] = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
     if add:

@@ -50,6 +50,22 @@ def test_freed_memory_is_kept_inside_and_given_back_afterwards():
     assert returned_kib > 60 << 10
 
 
+LIMITED = """
+import resource
+from tritium.engine import allocator
+free = allocator.available_bytes()
+taken = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 26), taken + (1 << 26)))
+print(free, allocator.available_bytes())
+"""
+
+
+def test_what_is_available_is_the_least_of_all_limits():
+    said = subprocess.run([sys.executable, "-P", "-c", LIMITED], capture_output=True, text=True, check=True).stdout
+    free, limited = map(int, said.split())
+    assert 0 < limited <= 1 << 26 < free
+
+
 def test_what_the_user_set_stays():
     kept, _, _, _ = run(MALLOC_TRIM_THRESHOLD_="1000000")
     assert not kept

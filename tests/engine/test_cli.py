@@ -86,8 +86,9 @@ def test_every_command_of_the_readme_is_understood():
     readme = (ROOT / "README.md").read_text()
     commands = re.findall(r"^tritium [^\n#]+|`(?:tritium [^`]+)`", readme, re.M)
     options = {"prepare": cli.PrepareOptions, "sample": cli.SampleOptions, "evaluate": cli.EvaluateOptions}
-    options |= {"kernels": cli.KernelsOptions, "export": cli.ExportOptions}
+    options |= {"kernels": cli.KernelsOptions, "export": cli.ExportOptions, "plan": cli.PlanOptions}
     positional = {"prepare": ["sources"], "sample": ["run"], "evaluate": ["run"], "export": ["run", "folder"]}
+    positional["plan"] = ["preset"]
     seen = set()
     for text in commands:
         _, verb, *rest = shlex.split(text.strip("`"))

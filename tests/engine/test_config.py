@@ -44,6 +44,18 @@ def test_batch_must_divide_among_processes():
     assert "× 3 process(es) = 12" in config.problems(3)[0]
 
 
+def test_rows_may_be_left_to_the_plan():
+    assert Config(train=TrainConfig(batch_rows=8, micro_rows=0)).problems(2) == []
+    assert "must be a multiple of 3 process(es)" in Config(train=TrainConfig(batch_rows=8, micro_rows=0)).problems(3)[0]
+    assert "micro_rows must be at least 0" in Config(train=TrainConfig(micro_rows=-1)).problems()[0]
+
+
+def test_a_budget_needs_bytes():
+    assert "recompute_budget_gb above 0" in Config(train=TrainConfig(recompute="budget")).problems()[0]
+    assert Config(train=TrainConfig(recompute="budget", recompute_budget_gb=0.5)).problems() == []
+    assert "recompute_every must be at least 1" in Config(train=TrainConfig(recompute_every=0)).problems()[0]
+
+
 def test_kernel_choices_are_the_mapping_that_bind_takes():
     config = KernelsConfig(
         default="triton", attention="sdpa", override=("blocks.0.*:layer_norm=reference", "attention@decode=reference")

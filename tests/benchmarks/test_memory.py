@@ -1,0 +1,50 @@
+"""The plan of a step's memory against processes: three drawn configurations here, twelve and more with ``full``."""
+
+import dataclasses
+import functools
+
+import pytest
+
+from tritium.benchmarks import memory
+from tritium.engine import plan
+
+SEED = 0
+QUICK = (0, 1, 2)
+drawn = functools.cache(memory.draw)
+
+
+@pytest.mark.parametrize("number", QUICK)
+def test_the_plan_is_what_a_process_takes(number):
+    found = memory.compare(drawn(SEED, number))
+    assert abs(found.error) <= plan.MARGIN, found
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_twelve_plans_are_what_processes_take():
+    """With freed memory kept they hold too little by no more than what is left free for it."""
+    found = [memory.compare(memory.draw(SEED, number), kept=True) for number in range(12)]
+    assert max(abs(c.error) for c in found) <= plan.MARGIN, found
+    assert all(c.kept_measured <= c.kept_planned * (1 + plan.HOLES_MARGIN) for c in found), found
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_plans_of_compiled_steps_are_what_processes_take():
+    found = [memory.compare(memory.draw(SEED, number, compile=True)) for number in range(12)]
+    assert max(abs(c.error) for c in found) <= plan.MARGIN, found
+
+
+def test_a_draw_is_decided_by_its_numbers():
+    assert memory.draw(SEED, 0) == drawn(SEED, 0)
+    assert dataclasses.replace(drawn(SEED, 0), name="") != dataclasses.replace(drawn(SEED, 1), name="")
+
+
+def test_a_plan_that_is_off_is_an_exit_status(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "draw", lambda *args: None)
+    found = memory.Comparison("one", 105, 100, {})
+    monkeypatch.setattr(memory, "compare", lambda config, kept: found)
+    assert memory.main(["--count", "2"]) == 0
+    assert "worst error 5.0% of 2" in capsys.readouterr().out
+    found = memory.Comparison("one", 100, 115, {})
+    assert memory.main(["--count", "1"]) == 1
