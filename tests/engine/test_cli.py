@@ -122,7 +122,7 @@ def test_every_command_of_the_readme_is_understood():
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["tran"], ["train", "prepare", "All:"]),
+        (["tran"], ["train", "plan", "All:"]),
         (["train", "gpt2_125m"], ["gpt2_124m", "gpt2_1558m", "gpt2_350m"]),
         (["train", "tiny", "--train.stps", "4"], ["--train.steps", "All:"]),
         (["train", "tiny", "--batch-rows", "4"], ["--train.batch_rows", "--train.micro_rows"]),
