@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tritium.engine import checkpoint
 from tritium.engine.model import GPT
+from tritium.engine.recompute import ByLayer
 from tritium.kernels import op
 
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # ids, targets, seq_start → the summed loss
@@ -45,9 +46,11 @@ class _Parts:
 
     def __init__(self, model: GPT, mode: str):
         self.model = model
-        self.parts = {
-            name: torch.compile(getattr(model, name), fullgraph=True, dynamic=False, mode=mode) for name in self.PARTS
-        }
+        compile = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
+        self.parts: dict[str, Any] = {name: compile(getattr(model, name)) for name in self.PARTS}
+        if isinstance(model.run_block, ByLayer):  # the number of a layer is not to be a graph's
+            ways = {way: compile(way) for way in model.run_block.ways}
+            self.parts["run_block"] = ByLayer([ways[way] for way in model.run_block.ways])
 
     def __call__(self, ids: Tensor, targets: Tensor, seq_start: Tensor | None = None) -> Tensor:
         with self._in_place():

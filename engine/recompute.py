@@ -112,19 +112,39 @@ def apply(
         if kept is None:
             policy = "none"
         else:
-            chosen = [{**options, "context_fn": functools.partial(_fresh, counting(k))} for k in kept]
+            kinds = {k: {**options, "context_fn": functools.partial(_fresh, counting(k))} for k in kept}
+            chosen = [kinds[k] for k in kept]
     _keepable(model, one_op)
     if policy == "none":
         model.run_block = call
         return
 
+    ways = {id(own): _way(model, own) for own in chosen}
+    by_layer = [ways[id(own)] for own in chosen]
+    model.run_block = by_layer[0] if len(ways) == 1 else ByLayer(by_layer)
+
+
+def _way(model: GPT, own: dict[str, Any] | None) -> Callable[..., Tensor]:
+    """How to run a block with these options of ``checkpoint``; None: without recomputing."""
+    if own is None:
+        return call
+
     def run_block(block: Block, *args: Any) -> Tensor:
-        own = chosen[block.attention.layer] if model.training else None
-        if own is None:
+        if not model.training:
             return block(*args)
         return checkpoint(block, *args, use_reentrant=False, **own)
 
-    model.run_block = run_block
+    return run_block
+
+
+class ByLayer:
+    """Runs each block in its layer's way; a compiler of single blocks compiles the ways, not the choice."""
+
+    def __init__(self, ways: Sequence[Callable[..., Tensor]]):
+        self.ways = list(ways)
+
+    def __call__(self, block: Block, *args: Any) -> Tensor:
+        return self.ways[block.attention.layer](block, *args)
 
 
 def keeping(keep: frozenset[str]) -> Callable[..., CheckpointPolicy]:

@@ -109,7 +109,7 @@ def build(
         dtype = torch.float32
     layout: str = config.train.weight_layout
     if layout == "auto":
-        layout = tuned.value("train.weight_layout", Machine.here(device).arch, dtype, "out_in")
+        layout = tuned.value("train.weight_layout", (machine or Machine.here(device)).arch, dtype, "out_in")
     precision.lay_out(model, layout)
     masters = precision.to_compute_dtype(model, dtype)
     optimizer = AdamW(model, config.optim, masters)

@@ -534,7 +534,8 @@ def test_a_planted_5_percent_of_a_step_is_found_and_an_equal_arm_is_not(tmp_path
     # an interval of 95 % may miss, and where an arm's memory lies is worth a percent: that none is found in noise is
     # shown on made-up timings (test_timing.py)
     assert abs(same_row["ratio"]["median"] - 1) < 0.025
-    assert same_row["ratio"]["median"] / slow_row["ratio"]["median"] - 1 == pytest.approx(0.05, abs=0.025)
+    # two arms, each as far off by the place of its memory
+    assert same_row["ratio"]["median"] / slow_row["ratio"]["median"] - 1 == pytest.approx(0.05, abs=0.035)
 
 
 def fabricated(**ms):
