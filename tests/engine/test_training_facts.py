@@ -163,8 +163,16 @@ def test_the_layout_of_the_weights_is_as_asked_and_changes_no_result(precision, 
     assert other_losses == pytest.approx(losses, rel=bound) and losses[2] < losses[0]
     assert state.keys() == other_state.keys()
     for name, tensor in state.items():
-        if name.startswith("model."):  # of the moments, a tiny one may differ by more than its own size
-            torch.testing.assert_close(other_state[name], tensor, rtol=0, atol=10 * bound * 0.2, msg=name)
+        if not name.startswith("model."):
+            continue  # of the moments, a tiny one may differ by more than its own size
+        other = other_state[name]
+        if name.endswith("qkv.bias"):
+            # A bias of all keys moves every score of a row alike, which softmax does not see: its gradient is 0 but for
+            # rounding, and AdamW divides that by its own size. So it goes anywhere within the three steps of 1e-2.
+            (query, key, value), (other_query, other_key, other_value) = tensor.chunk(3), other.chunk(3)
+            assert max(key.abs().max(), other_key.abs().max()) <= 3 * 1.01e-2
+            tensor, other = torch.cat((query, value)), torch.cat((other_query, other_value))
+        torch.testing.assert_close(other, tensor, rtol=0, atol=10 * bound * 0.2, msg=name)
 
 
 def seen_by(taken: list[torch.Tensor], function):
