@@ -46,22 +46,31 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """ids (...) → (..., C), in the table's fp32."""
+    """ids (...) → (..., C), in the table's fp32.
+
+    master: the fp32 table, where ``weight`` is a tied head's copy of it in the compute dtype (engine/precision.py):
+    rows are read there, unrounded, and their gradient goes to ``weight``, as the head's does.
+    """
 
     def __init__(self, V: int, C: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(V, C))
+        self.master: Tensor | None = None
         self.embedding = CallSite(ops.embedding, shape={"V": V, "C": C}, dtype=torch.float32)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.embedding(ids, self.weight)
+        if self.master is not None and torch.is_grad_enabled():
+            return self.with_table(ids)[0]
+        return self.embedding(ids, self.weight if self.master is None else self.master)
 
     def with_table(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The rows, and the table for its second reader, a tied head."""
         # an opaque kernel's backward writes a whole table of its own; the reference's is the compiler's to see
-        if self.embedding.backend != "reference" or not torch.is_grad_enabled():
+        opaque = self.master is None and self.embedding.backend != "reference"
+        if opaque or not torch.is_grad_enabled():
             return self(ids), self.weight
-        rows, table = _TiedRows.apply(self.embedding(ids, self.weight.detach()), ids, self.weight)
+        source = self.weight.detach() if self.master is None else self.master
+        rows, table = _TiedRows.apply(self.embedding(ids, source), ids, self.weight)
         return rows, table
 
 
@@ -69,6 +78,10 @@ class _TiedRows(torch.autograd.Function):
     """Rows of a table and the table itself, as one node: its gradient is the second reader's, to which the rows' is
     added where they lie. Autograd alone fills a table of zeros for the rows and then adds up two tables: for GPT-2's
     vocabulary and few rows, 154 MB written and 463 MB moved to add a few.
+
+    Where the table's gradient is narrower than the rows', what belongs to one id is added up in the rows' dtype and
+    rounded once: a frequent token's many small shares would be lost one by one. All positions of an id then write the
+    same row, so their order does not matter.
     """
 
     @staticmethod
@@ -80,7 +93,13 @@ class _TiedRows(torch.autograd.Function):
     def backward(ctx: Any, rows: Tensor, table: Tensor) -> tuple[None, None, Tensor]:  # type: ignore[override]
         (ids,) = ctx.saved_tensors
         # a compiler writes into table, which nobody else reads; eagerly it may be somebody's, and is copied
-        return None, None, table.index_put((ids,), rows, accumulate=True)
+        if rows.dtype == table.dtype:
+            return None, None, table.index_put((ids,), rows, accumulate=True)
+        ids, rows = ids.flatten(), rows.flatten(0, -2)
+        N = ids.shape[0]
+        slot = ids.new_empty(table.shape[0]).index_put((ids,), torch.arange(N, device=ids.device))[ids]
+        sums = torch.zeros_like(rows).index_add(0, slot, rows)[slot]  # one of an id's positions stands for all
+        return None, None, table.index_put((ids,), (table[ids] + sums).to(table.dtype))
 
 
 class Norm(nn.Module):
@@ -310,10 +329,16 @@ class GPT(nn.Module):
         return self.wte.weight if self.head.weight is None else self.head.weight
 
     def compute_parameters(self) -> list[str]:
-        """Names of the parameters that may be kept in the compute dtype: weights and biases of the blocks' GEMMs.
+        """Names of the parameters that may be kept in the compute dtype: weights and biases of the blocks' GEMMs, and
+        the head's weight.
 
-        Embeddings, norms and the head weight stay fp32 leaves: they are read row-wise, or cast inside their op.
+        Embeddings and norms stay fp32 leaves: they are read row-wise. A table that is the head's weight too has rows in
+        fp32 all the same (``Embedding.master``).
         """
+        return [*self.block_parameters(), "wte.weight" if self.head.weight is None else "head.weight"]
+
+    def block_parameters(self) -> list[str]:
+        """Names of the weights and biases of the blocks' GEMMs."""
         return [
             f"{path}.{name}"
             for path, module in self.named_modules()

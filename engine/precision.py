@@ -1,8 +1,8 @@
 """bf16 compute weights beside fp32 masters, and where fp8 comes in.
 
-The matrices that GEMMs read (and their biases) live in the model in the compute dtype; the optimizer owns their fp32
-masters and writes the copies in the same pass as the update. Embeddings, norms and the head stay fp32: they are read
-row-wise or cast inside their op.
+The matrices that GEMMs read, the head's too (and their biases), live in the model in the compute dtype; the optimizer
+owns their fp32 masters and writes the copies in the same pass as the update. Embeddings and norms stay fp32: they are
+read row-wise. A table that is also the head's weight has both: its rows are read from the master.
 
 fp8 is bf16 with other kernels: all tensors are as there, and the matrix products of chosen layers round their operands
 to fp8 on the way in (kernels/lib/fp8.py; Config.kernel_choices says which). So a checkpoint knows nothing of it.
@@ -61,7 +61,7 @@ def lay_out(model: Any, layout: str) -> None:
     values stay; copies, gradients and moments that are made like the parameters afterwards lie as they do.
     """
     if layout == "in_out":
-        chosen = set(model.compute_parameters())
+        chosen = set(model.block_parameters())
         for name, parameter in model.named_parameters():
             if name in chosen and parameter.ndim == 2:
                 parameter.data = parameter.data.t().contiguous().t()
@@ -78,4 +78,7 @@ def to_compute_dtype(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if name in chosen:
             masters[name] = parameter.detach().clone()
             parameter.data = parameter.data.to(dtype)
+    for path, module in model.named_modules():
+        if hasattr(module, "master"):
+            module.master = masters.get(f"{path}.weight")
     return masters

@@ -91,12 +91,13 @@ def test_a_model_made_without_memory_can_be_filled_later():
 
 
 @pytest.mark.parametrize("config", [SMALL, LLAMA], ids=["tied", "untied"])
-def test_compute_parameters_are_the_linear_layers_of_the_blocks(config):
+def test_compute_parameters_are_the_linear_layers_of_the_blocks_and_the_head(config):
     layers = ("attention.qkv", "attention.proj", "mlp.up", "mlp.down")
     kinds = ("weight", "bias") if config.bias else ("weight",)
-    assert set(build(config).compute_parameters()) == {
-        f"blocks.{i}.{layer}.{kind}" for i in range(2) for layer in layers for kind in kinds
-    }
+    blocks = {f"blocks.{i}.{layer}.{kind}" for i in range(2) for layer in layers for kind in kinds}
+    head = "wte.weight" if config.tie_head else "head.weight"
+    model = build(config)
+    assert set(model.block_parameters()) == blocks and set(model.compute_parameters()) == blocks | {head}
 
 
 # ------------------------------------------------------------------------------------------------------------- loss
@@ -355,6 +356,7 @@ def test_bf16_stream_beside_fp32_leaves(config):
     assert streams == [torch.bfloat16] * 2 and model(ids).dtype == torch.bfloat16
     assert loss.dtype == torch.float32 and abs(loss - exact) < 0.03 * exact
     compute = set(model.compute_parameters())
+    assert {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16} == compute
     for name, gradient in narrow.items():
         assert gradient.dtype == (torch.bfloat16 if name in compute else torch.float32), name
         assert (gradient - wide[name]).norm() < 0.2 * wide[name].norm() + 1e-3, name
@@ -593,6 +595,37 @@ def test_the_rows_gradient_joins_the_heads(compiled, monkeypatch):
     rows, table = model.wte.with_table(ids)
     torch.autograd.backward([rows, table], [torch.ones_like(rows), upstream])
     assert torch.equal(upstream, torch.ones(52, 16))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_rows_of_a_table_whose_copy_is_narrow_are_the_masters(compiled):
+    """Rows are read unrounded; a frequent id's gradient is summed in fp32 and rounded once."""
+    model = _tied()
+    exact = model.wte.weight.detach().clone()
+    masters = precision.to_compute_dtype(model, torch.bfloat16)
+    assert model.wte.weight.dtype == torch.bfloat16 and model.wte.master is masters["wte.weight"]
+    assert torch.equal(model.wte.master, exact) and not torch.equal(exact.bfloat16().float(), exact)
+    ids = torch.tensor([[5] * 12, [5] * 11 + [7]])
+
+    def both(ids, upstream, head):
+        rows, table = model.wte.with_table(ids)
+        return (rows * upstream).sum() + (table * head).sum(), rows
+
+    upstream = torch.full((2, 12, 16), 2**-8)  # to 1, in bf16, none of these can be added
+    upstream[1, 11] = 3.0
+    head = torch.ones(52, 16, dtype=torch.bfloat16)
+    loss, rows = (torch.compile(both, fullgraph=True) if compiled else both)(ids, upstream, head)
+    assert torch.equal(rows, exact[ids])
+    with torch.no_grad():
+        assert torch.equal(model.wte(ids), exact[ids]) and model.wte.with_table(ids)[1] is model.wte.weight
+    loss.backward()
+    wanted = torch.ones(52, 16)
+    wanted[5] += 23 * 2**-8
+    wanted[7] += 3.0
+    assert model.wte.weight.grad.dtype == torch.bfloat16
+    assert torch.equal(model.wte.weight.grad, wanted.bfloat16())
+    lost = head.index_put((ids,), upstream.bfloat16(), accumulate=True)  # what this is not
+    assert torch.equal(lost[5], head[5])
 
 
 def test_the_compiled_backward_writes_the_rows_into_the_heads_gradient():

@@ -23,8 +23,8 @@ SMALL = Config(
 )
 CPU = Machine.here("cpu")
 GPU = plan.Target.gpu("h100")
-NARROW = L * (12 * C * C + 9 * C)  # parameters with bf16 copies
-WIDE = V * C + T * C + (2 * L + 1) * 2 * C
+NARROW = L * (12 * C * C + 9 * C) + V * C  # parameters with bf16 copies
+WIDE = T * C + (2 * L + 1) * 2 * C
 
 
 def of(machine: Machine = CPU, processes: int = 1, steps: int = 1, **fields) -> plan.Trace:
