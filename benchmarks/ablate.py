@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tritium.benchmarks import ablate_results, curves, record, timing
+from tritium.benchmarks import ablate_results, curves, record, stages, timing
 from tritium.engine import presets
 from tritium.engine.config import Config, ConfigError, KernelsConfig
 from tritium.engine.schedule import learning_rate
@@ -1275,6 +1275,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@stages.ended_by_signals()
 def main(argv: Sequence[str] | None = None) -> int:
     """``tritium ablate``; exit status 0, 1 when an arm is red or failed, a check does not hold or there is no baseline,
     2 for a wrong command line."""

@@ -6,8 +6,10 @@ For every figure that is a goal ("higher" or "lower" is better), the ratio of th
 that B is the better one, with a 95 % interval. Two records were taken at different times, so nothing is paired; each
 one's samples are resampled in blocks of neighbours (moving-block bootstrap, Künsch 1989), since a machine that is slow
 for a second is slow for several samples, and the interval is widened by Student's t for so few blocks. What is assumed:
-samples further apart than a block (an eighth of a record, two rounds at least) know nothing of each other. What drifts
-more slowly than a record lasts is in no interval: run A, B, A and compare the As to see it.
+samples further apart than a block (an eighth of a record, two rounds at least) know nothing of each other. Where a
+record has several processes of what it measured, the interval is Student's over these, and covers what differs between
+two processes of one program; where neither has, it does not. What drifts more slowly than a record lasts is in no
+interval: run A, B, A and compare the As to see it.
 
 Exit status: 0; 1 when a gated figure is certainly below the gate (its whole interval is; with --strict, when any of it
 is, or when B lacks the figure or the record), when a gate judged nothing, or when a check in either record is red,
@@ -31,7 +33,7 @@ import numpy
 
 from tritium.benchmarks import record
 from tritium.benchmarks.curves import student_quantile
-from tritium.benchmarks.timing import Interval
+from tritium.benchmarks.timing import Interval, by_restart
 
 RESAMPLES = 4_000
 MANY = 20  # so many verdicts at 95 % hold a wrong one more often than not
@@ -49,6 +51,7 @@ class Line:
     b: float
     ratio: Interval
     sampled: bool
+    restarted: tuple[bool, bool] = (False, False)  # whether A, and B, has it of several processes
 
     @property
     def verdict(self) -> str:
@@ -78,27 +81,56 @@ def heads(width: int) -> str:
     return f"{'':<{width}} {'A':>13}{'B':>13} {'':<9}{'B/A':>7} 95 % interval    (above 1: B is better)"
 
 
-def ratio_of_medians(top: Sequence[float], bottom: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:
+def ratio_of_medians(
+    top: Sequence[float], bottom: Sequence[float], restarts: tuple[Sequence[int], Sequence[int]] = ((), ()), *,
+    level: float = 0.95, seed: int = 0,
+) -> Interval:  # fmt: skip
     """median(top) / median(bottom) of two lists of at least two positive samples each, with its interval.
 
     The lists are resampled independently, in blocks. A bootstrap knows only the spread between the blocks it has, which
     for few of them falls short: every deviation is stretched by √(blocks / (blocks - 1)) and the interval by Student's
     quantile over the normal one, its degrees of freedom by Welch and Satterthwaite.
+
+    restarts: of top's and bottom's samples, as in a FIGURE. Where either has several, see :func:`_over_restarts`.
     """
-    return _interval([(1.0, top), (-1.0, bottom)], level, seed)
+    return _interval([(1.0, top, restarts[0]), (-1.0, bottom, restarts[1])], level, seed)
 
 
-def median_of(samples: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:
+def median_of(
+    samples: Sequence[float], restarts: Sequence[int] = (), *, level: float = 0.95, seed: int = 0
+) -> Interval:
     """The median of at least two positive samples with its interval, as :func:`ratio_of_medians` takes it."""
-    return _interval([(1.0, samples)], level, seed)
+    return _interval([(1.0, samples, restarts)], level, seed)
 
 
-def _interval(parts: Sequence[tuple[float, Sequence[float]]], level: float, seed: int) -> Interval:
+def _over_restarts(parts: Sequence[tuple[float, Sequence[float]]], level: float) -> Interval:
+    """exp of the signed sum of the means of the logarithms of each part's medians, one of each restart, with Student's
+    interval (Welch's, where two parts have several). The process of a part that has one is taken to deviate as those
+    of the other part do."""
+    logs = [(sign, numpy.log(numpy.asarray(medians, dtype=numpy.float64))) for sign, medians in parts]
+    known = [(float(values.var(ddof=1)), values.size) for _, values in logs if values.size > 1]
+    variances = [(variance / size, size - 1) for variance, size in known]
+    if len(known) < len(logs):  # then one of the two is known, and what is taken over from it is no second estimate
+        ((variance, size),) = known
+        variances = [(variance / size + variance, size - 1)]
+    total = sum(variance for variance, _ in variances)
+    middle = float(sum(sign * values.mean() for sign, values in logs))
+    half = 0.0
+    if total > 0.0:
+        freedom = max(1, int(total**2 / sum(v**2 / f for v, f in variances)))
+        half = student_quantile(level, freedom) * math.sqrt(total)
+    return Interval(math.exp(middle), math.exp(middle - half), math.exp(middle + half), level)
+
+
+def _interval(parts: Sequence[tuple[float, Sequence[float], Sequence[int]]], level: float, seed: int) -> Interval:
     """exp of the signed sum of the medians of the logarithms of each part's samples."""
+    if any(len(set(restarts)) > 1 for _, _, restarts in parts):
+        each = [(sign, by_restart(samples, restarts or [0] * len(samples))) for sign, samples, restarts in parts]
+        return _over_restarts(each, level)
     generator = numpy.random.default_rng(seed)
     middle, spread = 0.0, numpy.zeros(RESAMPLES)
     variances = []
-    for sign, samples in parts:
+    for sign, samples, _ in parts:
         logs = numpy.log(numpy.asarray(samples, dtype=numpy.float64))
         size = block_of(logs.size)
         blocks = logs.size / size
@@ -158,11 +190,12 @@ def _line(mine: dict[str, Any], other: dict[str, Any]) -> Line:
     top, bottom = (other, mine) if mine["better"] == "higher" else (mine, other)
     sampled = all(len(f["samples"]) >= 2 for f in (top, bottom))
     if sampled:
-        ratio = ratio_of_medians(top["samples"], bottom["samples"])
+        ratio = ratio_of_medians(top["samples"], bottom["samples"], (top["restarts"], bottom["restarts"]))
     else:
         value = top["value"] / bottom["value"]
         ratio = Interval(value, value, value)
-    return Line(mine["name"], mine["unit"], mine["value"], other["value"], ratio, sampled)
+    restarted = (bool(mine["restarts"]), bool(other["restarts"]))
+    return Line(mine["name"], mine["unit"], mine["value"], other["value"], ratio, sampled, restarted)
 
 
 def not_the_same(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -381,6 +414,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _of_processes(lines: Sequence[Line]) -> list[str]:
+    """What the intervals know of the difference between two processes of one program."""
+    found, sampled = [], [line for line in lines if line.sampled]
+    if any(not any(line.restarted) for line in sampled):
+        found.append(
+            "Of what each record has of one process, it does not know either what differs between two processes of one "
+            "program."
+        )
+    if any(any(line.restarted) and not all(line.restarted) for line in sampled):
+        found.append(
+            "Where one record has several processes and the other one, that one is taken to deviate as they do."
+        )
+    return found
+
+
 def _complain(text: str) -> None:
     print(f"tritium bench compare: {text}", file=sys.stderr)
 
@@ -414,6 +462,8 @@ def _show(
     for line in lines:
         print(line.text(width) + (f", {line.gated(gate, single)}" if gate is not None else ""))
     print("\nAn interval knows how each record varies within itself; a drift from one to the other it does not know.")
+    for text in _of_processes(lines):
+        print(text)
     sampled = sum(line.sampled for line in lines)
     if sampled >= MANY:
         print(

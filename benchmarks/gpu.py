@@ -265,6 +265,7 @@ def run_stage(name: str, a: argparse.Namespace, chosen_ops: Sequence[str]) -> in
     """One stage, in this process."""
     import importlib
 
+    stages.stop_on_signals()
     plan = Plan("gpu_table", "table", 120, 0) if name == TABLE else STAGES[name]
     seconds = os.environ.get(stages.SECONDS)
     end = None if seconds is None else time.monotonic() + float(seconds) - 5.0  # to write what there is

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tritium.benchmarks import record, timing
+from tritium.benchmarks import record, stages, timing
 from tritium.kernels import contract, peaks
 from tritium.kernels.case import Case
 from tritium.kernels.op import Backend, KernelError, Op, nearest
@@ -106,8 +106,8 @@ class Measured:
 class Gate:
     """Which backends may be timed: each is held to the contract once per dtype and mode, on the op's small cases."""
 
-    def __init__(self, device: str):
-        self.device = device
+    def __init__(self, device: str, say: Callable[[str], object] = lambda text: None):
+        self.device, self.say = device, say
         self.red: list[str] = []
         self._passed: dict[tuple[str, str, torch.dtype, bool], bool] = {}
 
@@ -129,6 +129,9 @@ class Gate:
             small = [case for case in op.cases.CASES if not case.large]
             if compiled:  # the compiler sees one function; a few cases of it are enough, each costs seconds
                 small = [case for case in small if math.prod(case.shape.values()) > 0][:2]
+            mode = " compiled" if compiled else ""
+            short = str(dtype).removeprefix("torch.")
+            self.say(f"{op.name}.{backend.name}{mode} {short}: its contract, {len(small)} cases")
             reports = [contract.check(op, backend, case, dtype, self.device, compiled=compiled) for case in small]
             failed = [str(report) for report in reports if report.status == "failed"]
             if not failed and not any(report.ok for report in reports):
@@ -177,7 +180,7 @@ def work(op: Op, case: Case, dtype: torch.dtype, what: str) -> tuple[int, int]:
 class Request:
     """What to time. backends: empty for all; module paths are added. pattern: of case names, or several with commas
     between; empty for the large ones (on a CPU, those it can bear). compiled: every backend under torch.compile as
-    well. inductor: the reference alone.
+    well. inductor: the reference alone. say: told what is being done, before each part that takes a while.
     """
 
     ops: Sequence[Op]
@@ -189,6 +192,7 @@ class Request:
     rounds: int = 10
     inner: int = 3
     inductor: bool = False
+    say: Callable[[str], object] = lambda text: None
 
 
 def bench_case(
@@ -206,6 +210,8 @@ def bench_case(
     A backend for which the device's memory does not suffice is left out, and ``refused`` says so; of one that raises
     anything else ``broken`` (None: it is raised).
     """
+    (short,) = (name for name, known in DTYPES.items() if known == dtype)
+    request.say(f"{op.name} {case.name} {short}: inputs")
     inputs = [op.cases.inputs(case, dtype, request.device, seed) for seed in (0, 1)]
     for what in kinds(op):
         arms: dict[str, timing.Arm] = {}
@@ -213,6 +219,7 @@ def bench_case(
         stable: dict[str, bool] = {}
         for backend, compiled in backends:
             key = f"{backend.name}{' compiled' if compiled else ''}"
+            request.say(f"{op.name}.{key} {case.name} {short} {what}: warm-up")
             try:
                 turn = itertools.cycle([call_of(backend, i, compiled, what == "forward+backward") for i in inputs])
                 arm = timing.timed(lambda turn=turn: next(turn)(), clock, request.inner)  # type: ignore[misc]
@@ -230,6 +237,7 @@ def bench_case(
             arms[key], named[key] = arm, (backend, compiled)
         if not arms:
             continue
+        request.say(f"{op.name} {case.name} {short} {what}: {request.rounds} rounds of {', '.join(arms)}")
         samples = timing.interleave(arms, request.rounds)
         flops, moved = work(op, case, dtype, what)
         for key, taken in samples.items():
@@ -238,7 +246,6 @@ def bench_case(
             if key != "reference" and "reference" in samples:
                 ratio = timing.speedup(taken, samples["reference"]).to_json()
             low, ms, high = (taken.quantile_ms(q) for q in (0.2, 0.5, 0.8))
-            (short,) = (name for name, known in DTYPES.items() if known == dtype)
             yield Measured(
                 op.name, backend.name, case.name, short, compiled, what, low, ms, high, timing.noise(taken),
                 moved / ms / 1e6, flops / ms / 1e9, ratio, tuple(taken.ms), stable[key],
@@ -418,9 +425,11 @@ def _path(a: argparse.Namespace, dtypes: Sequence[str], folder: pathlib.Path) ->
     return folder / (re.sub(r"[^\w-]+", "_", "_".join(filter(None, parts))) + ".json")
 
 
+@stages.ended_by_signals()
 def main(argv: Sequence[str] | None = None) -> int:
-    """``tritium bench kernels``; 0, or 1 when a backend was red, failed at a size or named and without a figure, or 2
-    for a wrong command line."""
+    """``tritium bench kernels``; 0, or 1 when a backend was red, failed at a size or named and without a figure, 2 for
+    a wrong command line, 130 after Ctrl-C: then the ops that were done are in a record of their own,
+    NAME_stopped.json."""
     argv = list(sys.argv[1:] if argv is None else argv)
     made = parser()
     a, unknown = made.parse_known_args(argv)
@@ -442,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why := record.unwritable(path):
         made.error(f"--out: {why}")
     peak = peak_of(result["machine"]["name"]) if device == "cuda" else None
-    gate = Gate(device)
+    gate = Gate(device, _progress)
     refused: list[dict[str, str]] = []
     broken: list[str] = []
     clock = timing.clock_for(device, scrub_bytes=256 << 20)
@@ -450,20 +459,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     seen: dict[str, list[dict[str, float]]] = {}
     named = [name for name in backends if name != INDUCTOR] or ["reference"] * bool(backends)
     inductor = INDUCTOR in backends or (device == "cuda" and not backends)
-    for name, dtype in itertools.product(a.ops or OPS, dtypes):
+    stopped = ""
+    todo = list(itertools.product(a.ops or OPS, dtypes))
+    for done, (name, dtype) in enumerate(todo):
         op = OPS[name]
         request = Request(
-            [op], device, [DTYPES[dtype]], named, a.cases, a.compiled, a.rounds, inductor=inductor
+            [op], device, [DTYPES[dtype]], named, a.cases, a.compiled, a.rounds, inductor=inductor, say=_progress
         )  # fmt: skip
         if not any(wanted(op, case, request) for case in op.cases.CASES):
             why = "its large cases are too much for a CPU" if not a.cases else f"it has no case {a.cases}"
             refused.append({"op": name, "backend": "*", "why": f"{why}; name one with --cases"})
             continue
-        before = rates(device, DTYPES[dtype])
-        found = list(bench_ops(request, gate, clock, refused, broken))
+        try:
+            _progress(f"{name} {dtype}, {done + 1} of {len(todo)}: a copy and a product, that rates are parts of")
+            before = rates(device, DTYPES[dtype])
+            found = list(bench_ops(request, gate, clock, refused, broken))
+            around = [before, rates(device, DTYPES[dtype])]
+        except KeyboardInterrupt as interrupt:  # what is done is written
+            stopped = str(interrupt) or "stopped by Ctrl-C"
+            refused += [{"op": op, "backend": "*", "why": f"{stopped} ({dtype})"} for op, dtype in todo[done:]]
+            path = path.with_name(f"{path.stem}_stopped.json")
+            break
         if not found:
             continue
-        around = [before, rates(device, DTYPES[dtype])]
         seen.setdefault(dtype, []).extend(around)
         reached = {key: statistics.mean(one[key] for one in around) for key in before}
         for row in found:
@@ -475,6 +493,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             fields = asdict(row) | of
             result["figures"].append(record.figure(row.label, "ms", "lower", fields.pop("samples_ms")))
             rows.append(fields)
+    if stopped and not rows:
+        print(f"tritium bench kernels: {stopped} before the first op was done; nothing is written", file=sys.stderr)
+        return 130
     record.after(result)
     for item in refused:
         print(f"refused {item['op']}.{item['backend']}: {item['why']}", file=say)
@@ -507,10 +528,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result, indent=1))
     timed = {INDUCTOR if row["compiled"] and row["backend"] == "reference" else row["backend"] for row in rows}
     silent = [name for name in backends if name not in timed]
-    for name in silent:
+    for name in silent if not stopped else ():
         reasons = dict.fromkeys([i["why"] for i in refused if i["backend"] == name] or ["see above"])
         print(f"{name} gave no figure: {'; '.join(reasons)}", file=sys.stderr)
-    return int(bool(gate.red or broken or silent))
+    return 130 if stopped else int(bool(gate.red or broken or silent))
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def contract_checks(rows: Sequence[Mapping[str, Any]], red: Sequence[str]) -> list[dict[str, Any]]:

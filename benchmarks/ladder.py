@@ -5,7 +5,8 @@
 A cell is one size in one column, trained in a process of its own (:mod:`arm`). The losses of its first steps must be
 those of the size's first column that runs, or it gets no figure. Cells of one size that the memory holds at one time
 are timed interleaved (:mod:`timing`), and so are paired; the others follow alone. What does not fit the memory, breaks,
-or needs what the engine does not have yet says so in its cell.
+or needs what this device or the engine does not have says so in its cell. The intervals cover the rounds of one process
+a cell, not what another process of it would differ by.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from tritium.benchmarks import record, throughput, timing
+from tritium.benchmarks import record, stages, throughput, timing
 from tritium.benchmarks.ablate import free_bytes
 from tritium.benchmarks.arm import OURS, ArmError, ArmProcess
 from tritium.engine import presets
@@ -41,7 +42,8 @@ ROOM = 1.3  # of a neighbour's peak must be free for a cell to be started beside
 INTERVAL: record.Schema = {"median": record.NUMBER, "low": record.NUMBER, "high": record.NUMBER, "level": record.NUMBER}
 CELL: record.Schema = {
     "preset": str, "column": str,
-    "status": str,  # "ok", "not built yet", "needs a GPU", "out of memory", "unequal losses" or "failed"
+    # "ok", "not built yet", "needs a GPU", "needs another GPU", "out of memory", "unequal losses" or "failed"
+    "status": str,
     "reason": str,  # of a status that is not ok
     "variant": str,
     "tokens_per_s": (dict, type(None)),  # INTERVAL, over rounds; null, as the next eight, unless ok
@@ -76,7 +78,22 @@ class Column:
     train: Mapping[str, str]
     kernels: str = ""
     needs: tuple[str, str] | None = None
-    gpu: str = ""  # what of a GPU the rung is about, where it means nothing on a CPU
+    gpu: str = ""  # what a CPU lacks for the rung, where it means nothing there
+    capability: int = 0  # 10 × major + minor compute capability that the rung needs of a GPU
+
+    def why_not_on(self, device: str) -> str | None:
+        """What the device lacks for this rung, or None."""
+        if not self.gpu:
+            return None
+        if device == "cpu":
+            return f"a CPU has no {self.gpu}"
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        if 10 * major + minor >= self.capability:
+            return None
+        wanted = f"{self.capability // 10}.{self.capability % 10}"
+        return f"this GPU's compute capability is {major}.{minor}, and {wanted} is needed"
 
     def why_not(self) -> str | None:
         """What the engine lacks for this rung, or None."""
@@ -91,15 +108,16 @@ class Column:
 
 
 REFERENCE, FUSED = "reference", "FUSED"  # FUSED: what --kernels says
-EAGER = Column("eager", {"compile": "false"}, REFERENCE)
-COMPILE = Column("compile", {"compile": "true"}, REFERENCE)
-KERNELS = Column("+ fused kernels", {"compile": "true"}, FUSED)
+NO_GRAPHS = {"cuda_graphs": "false"}  # whatever auto comes to mean
+EAGER = Column("eager", {"compile": "false", **NO_GRAPHS}, REFERENCE)
+COMPILE = Column("compile", {"compile": "true", **NO_GRAPHS}, REFERENCE)
+KERNELS = Column("+ fused kernels", {"compile": "true", **NO_GRAPHS}, FUSED)
 GRAPHS = Column(
     "+ CUDA graphs", {"compile": "true", "cuda_graphs": "true"}, FUSED, ("cuda_graphs", "true"), "CUDA graphs"
 )
 FP8 = Column(
     "+ fp8", {"compile": "true", "cuda_graphs": "true", "precision": "fp8"}, FUSED, ("precision", "fp8"),
-    "products of fp8 matrices: it emulates them, which shows what is learned and no speed",
+    "products of fp8 matrices: it emulates them, which shows what is learned and no speed", 89,
 )  # fmt: skip
 COLUMNS = {"eager": EAGER, "compile": COMPILE, "kernels": KERNELS, "graphs": GRAPHS, "fp8": FP8}
 
@@ -162,8 +180,8 @@ class Size:
                 if (why := column.why_not()) is not None:
                     self._end(column.name, "not built yet", why)
                     continue
-                if column.gpu and self.device == "cpu":
-                    self._end(column.name, "needs a GPU", f"a CPU has no {column.gpu}")
+                if (why := column.why_not_on(self.device)) is not None:
+                    self._end(column.name, "needs a GPU" if self.device == "cpu" else "needs another GPU", why)
                     continue
                 if alive and free_bytes(self.device) < ROOM * max(self.cells[name]["peak_bytes"] for name in alive):
                     self._time(alive)
@@ -417,6 +435,7 @@ def stem(a: argparse.Namespace, names: Sequence[str], defaults: Sequence[str]) -
     return re.sub(r"[^\w+-]+", "_", "_".join(["ladder", *filter(None, parts)]))
 
 
+@stages.ended_by_signals()
 def main(argv: Sequence[str] | None = None) -> int:
     """``tritium bench ladder``; exit status 0, 1 when a cell fails or losses differ, 2 for a wrong command line."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -29,8 +29,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 Schema = Any
-VERSION = 3
-READABLE = (1, 2, VERSION)
+VERSION = 4
+READABLE = (1, 2, 3, VERSION)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IN_SOURCE_TREE = (ROOT / "setup.py").exists()  # and not an installed wheel, which may lie inside some other repository
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tritium")
@@ -64,6 +64,7 @@ FIGURE: Schema = {
     "unit": str,
     "better": str,  # "higher", "lower", or "" for a figure that is no goal
     "samples": [NUMBER],  # in the order in which they were taken, in the same unit
+    "restarts": [int],  # of each sample: in which of several processes it was taken, from 0; [] where it was one
 }
 CHECK: Schema = {"name": str, "ok": bool, "detail": str}
 KERNEL: Schema = {"site": str, "op": str, "phase": str, "backend": str, "why": str}
@@ -150,14 +151,23 @@ def begin(kind: str, command: str, device: str, preset: str | None = None) -> di
 
 
 def figure(
-    name: str, unit: str, better: str, samples: Sequence[float] = (), value: float | None = None
+    name: str,
+    unit: str,
+    better: str,
+    samples: Sequence[float] = (),
+    value: float | None = None,
+    restarts: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """A FIGURE: of ``samples``, whose median is its value, or of a ``value`` that was taken once."""
+    """A FIGURE: of ``samples``, whose median is its value, or of a ``value`` that was taken once. restarts: () where
+    all samples are of one process."""
     if better not in ("higher", "lower", ""):
         raise ValueError(f"better is 'higher', 'lower' or '', not {better!r}")
     if value is None:
         value = statistics.median(samples)
-    return {"name": name, "value": value, "unit": unit, "better": better, "samples": list(samples)}
+    return {
+        "name": name, "value": value, "unit": unit, "better": better, "samples": list(samples),
+        "restarts": list(restarts) if len(set(restarts)) > 1 else [],
+    }  # fmt: skip
 
 
 def check(name: str, ok: bool, detail: str = "") -> dict[str, Any]:
@@ -232,8 +242,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
             found = _from_version_1(found)
         except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise RecordError(f"{path} is a damaged record of version 1: {type(error).__name__}: {error}") from error
-    if found["schema"] == 2:
-        found = from_version_2(found)
+    found = up_to_date(found)
     if found["schema"] != VERSION:
         known = ", ".join(map(str, READABLE))
         raise RecordError(f"{path} has schema {found['schema']!r}; this version of tritium reads {known}")
@@ -263,9 +272,16 @@ def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def from_version_2(old: dict[str, Any]) -> dict[str, Any]:
+def up_to_date(found: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 2 or 3 as one of this version; any other as it is."""
+    if found["schema"] == 2:
+        found = _from_version_2(found)
+    return _from_version_3(found) if found["schema"] == 3 else found
+
+
+def _from_version_2(old: dict[str, Any]) -> dict[str, Any]:
     """Version 2 did not say with how many threads and in which environment, and called figures OF_A_RATE goals."""
-    new = {"environment": None, **old, "schema": VERSION}
+    new = {"environment": None, **old, "schema": 3}
     if isinstance(old.get("machine"), dict):
         new["machine"] = {"threads": None, "state_after": None, "load_after": [], **old["machine"]}
     if old["kind"] == "train" and isinstance(old.get("figures"), list):
@@ -276,17 +292,29 @@ def from_version_2(old: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
+def _from_version_3(old: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 had one process of each arm."""
+    new = old | {"schema": VERSION}
+    if isinstance(old.get("figures"), list):
+        new["figures"] = [f | {"restarts": []} if isinstance(f, dict) else f for f in old["figures"]]
+    return new
+
+
 OF_A_RATE = " of measured matmul"  # no goal: the divisor is measured once, and its noise is in no sample
 
 
 def contradictions(figures: Iterable[dict[str, Any]]) -> list[str]:
-    """Every figure that is there twice, or whose value is not the median of its samples."""
+    """Every figure that is there twice, whose value is not the median of its samples, or that has another number of
+    restarts than of samples."""
     found, seen = [], set()
     for i, one in enumerate(figures):
         name = one["name"]
         if name in seen:
             found.append(f"record.figures[{i}] is the second with the name {name!r}; names are unique")
         seen.add(name)
+        if one["restarts"] and len(one["restarts"]) != len(one["samples"]):
+            counts = f"{len(one['restarts'])} restarts for {len(one['samples'])} samples"
+            found.append(f"record.figures[{i}] of {name!r} has {counts}; it takes one for each, or none")
         try:
             median = statistics.median(one["samples"]) if one["samples"] else one["value"]
             fits = math.isclose(one["value"], median, rel_tol=1e-6, abs_tol=1e-12)

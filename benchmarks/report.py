@@ -89,7 +89,7 @@ class Run:
     def environment(self) -> dict[str, Any] | None:
         found = [line.get("environment") for lines in self.lines.values() for line in lines]
         said = [e for e in found if isinstance(e, dict) and isinstance(e.get("kind"), str)]
-        current = [record.from_version_2(e) if e.get("schema") == 2 else e for e in said]
+        current = [record.up_to_date(e) if "schema" in e else e for e in said]
         return next((e for e in current if not record.problems(e, record.COMMON)), None)
 
     @property
@@ -216,7 +216,7 @@ def quantity(value: float, unit: str) -> str:
 def interval(figure: dict[str, Any]) -> timing.Interval | None:
     """The median of a figure with its interval, where it has the samples."""
     samples = figure["samples"]
-    return compare.median_of(samples) if len(samples) >= 2 and min(samples) > 0 else None
+    return compare.median_of(samples, figure["restarts"]) if len(samples) >= 2 and min(samples) > 0 else None
 
 
 def _value(figure: dict[str, Any] | None, unit: bool = True) -> Cell:
@@ -256,13 +256,15 @@ def _origin(entry: Entry) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens/s of one training configuration. withheld: a check of its record is red."""
+    """Tokens/s of one training configuration. as_it_is: the preset with nothing changed, as one trains it; no rung of
+    the ladder, no other model's parts or other settings. withheld: a check of its record is red."""
 
     preset: str
     shape: str
     what: str
     machine: str
     cuda: bool
+    as_it_is: bool
     date: str
     tokens_per_s: float
     ci: timing.Interval | None
@@ -283,11 +285,17 @@ def _speeds(entry: Entry) -> list[Speed]:
     first, second = _origin(entry)
 
     def speed(
-        preset: object, shape: dict[str, Any], what: str, value: float, ci: timing.Interval | None, *more: Cell
+        preset: object,
+        shape: dict[str, Any],
+        what: str,
+        as_it_is: bool,
+        value: float,
+        ci: timing.Interval | None,
+        *more: Cell,
     ) -> Speed:
         return Speed(
             str(preset), f"T={shape['T']}, B={shape['B']}", what, entry.machine, data["machine"]["device"] == "cuda",
-            data["date"], value, ci, (more[0], more[1], more[2], more[3]), (first, second), bool(entry.red),
+            as_it_is, data["date"], value, ci, (more[0], more[1], more[2], more[3]), (first, second), bool(entry.red),
         )  # fmt: skip
 
     if kind == "train":
@@ -295,7 +303,8 @@ def _speeds(entry: Entry) -> list[Speed]:
         over, figure = data["step_over_own"], _figure(entry, "tokens/s")
         return [
             speed(
-                data["preset"], data["settings"], f"{data['dtype']}, {mode}", figure["value"], interval(figure),
+                data["preset"], data["settings"], f"{data['dtype']}, {mode}", as_it_is(data),
+                figure["value"], interval(figure),
                 *(_value(entry.figure(f"MFU, {full} of measured matmul")) for full in ("full", "causal")),
                 Cell("{median:.3f} [{low:.3f}, {high:.3f}]".format(**over), over["median"]),
                 _value(entry.figure("peak memory")),
@@ -303,21 +312,35 @@ def _speeds(entry: Entry) -> list[Speed]:
         ]  # fmt: skip
     if kind == "throughput":
         figures = {key: _figure(entry, f"{key} tokens/s") for key, arm in data["arms"].items() if arm["peer"] == OURS}
+        models, same = data["settings"].get("models", {}), as_it_is(data)
+        parts = {  # what of the preset's model is another one; a record of version 1 had only that itself
+            key: models.get(data["arms"][key].get("model"), {}).get("changed", "") for key in figures
+        }
         return [
             speed(
-                data["preset"], data["settings"], data["arms"][key]["variant"], figure["value"], interval(figure),
+                data["preset"], data["settings"], ", ".join(filter(None, [data["arms"][key]["variant"], parts[key]])),
+                same and not parts[key], figure["value"], interval(figure),
                 NOTHING, NOTHING, NOTHING, _bytes(data["arms"][key]["peak_bytes"]),
             )
             for key, figure in figures.items()
         ]  # fmt: skip
     return [
         speed(
-            cell["preset"], data["settings"]["presets"][cell["preset"]], f"{cell['variant']} ({cell['column']})",
+            cell["preset"], data["settings"]["presets"][cell["preset"]], f"{cell['variant']} ({cell['column']})", False,
             cell["tokens_per_s"]["median"], timing.Interval(**cell["tokens_per_s"]),
             NOTHING, NOTHING, NOTHING, _bytes(cell["peak_bytes"]),
         )
         for cell in data["cells"] if cell["status"] == "ok"
     ]  # fmt: skip
+
+
+CHANGES = ("kernels", "precision", "model", "train", "optim")  # flags, and sections of flags, that change a preset
+
+
+def as_it_is(data: dict[str, Any]) -> bool:
+    """Whether the preset was measured with no flag that changes it."""
+    flags = [word[2:].partition("=")[0].partition(".")[0] for word in data["command"].split() if word[:2] == "--"]
+    return not set(flags) & set(CHANGES)
 
 
 def _bytes(count: int) -> Cell:
@@ -349,7 +372,7 @@ def _run_speeds(run: Run) -> list[Speed]:
                     cells[3] = Cell(f"{peak:.2f} GiB", peak * 2**30)
                 made.append(
                     Speed(
-                        preset, f"T={line.get('T', '?')}, B={line.get('B', '?')}", what, run.machine, True,
+                        preset, f"T={line.get('T', '?')}, B={line.get('B', '?')}", what, run.machine, True, True,
                         environment["date"] if environment else "", float(line["value"]), None,
                         (cells[0], cells[1], cells[2], cells[3]),
                         (Cell(f"make gpu: {stage}", link=run.key), _day(environment) if environment else NOTHING),
@@ -360,7 +383,7 @@ def _run_speeds(run: Run) -> list[Speed]:
 
 
 def headline(found: Found) -> Section:
-    """Tokens/s: the newest of every preset on every machine, then all of them."""
+    """Tokens/s: of every preset on every machine the newest as it is, else of what was changed; then all of them."""
     section = Section("Training speed", "speed")
     made = speeds(found)
     machines = sorted({(not s.cuda, s.machine) for s in made}) or [(True, "this machine")]
@@ -370,17 +393,21 @@ def headline(found: Found) -> Section:
     for preset in names:
         row = [Cell(preset)]
         for machine in columns:
-            newest = next((s for s in made if (s.preset, s.machine) == (preset, machine)), None)
+            here = [s for s in made if (s.preset, s.machine) == (preset, machine)]
+            newest = next((s for s in here if s.as_it_is), here[0] if here else None)
             if newest is None:
                 row.append(UNRUN)
             elif newest.withheld:
                 row.append(Cell("withheld: red", kind="red", link=newest.origin[0].link))
             else:
-                text = f"{number(newest.tokens_per_s)} at {newest.shape}"
+                text = f"{number(newest.tokens_per_s)} at {newest.shape} ({newest.what})"
                 row.append(Cell(text, newest.tokens_per_s, "ours", newest.origin[0].link))
         rows.append(row)
     section.blocks += [
-        Text("tritium’s tokens/s, the newest of each preset on each machine; unrun is what nobody measured."),
+        Text(
+            "tritium’s tokens/s: of each preset, as it is, the newest on each machine; where it was only timed as a "
+            "rung of the ladder or with other settings, these; unrun is what nobody measured."
+        ),
         Table(["preset", *columns], rows),
     ]  # fmt: skip
     if made:
@@ -562,7 +589,9 @@ def ladder(entry: Entry) -> Section:
     return _measured(f"tokens/s on {entry.machine}", entry, blocks)
 
 
-LADDER = {"not built yet": "unrun", "needs a GPU": "unrun", "out of memory": "muted"}  # what is not "ok" and no fault
+LADDER = {  # what is not "ok" and no fault
+    "not built yet": "unrun", "needs a GPU": "unrun", "needs another GPU": "unrun", "out of memory": "muted",
+}  # fmt: skip
 
 
 def goals(found: Found) -> Section:

@@ -15,6 +15,7 @@ import pathlib
 import signal
 import subprocess
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from typing import Any
 LEAST_S = 20.0  # a stage is not begun with less time than this
 MOST_BYTES = 64 << 20  # of the files that a stage appends to; more is a loop
 LOOK_S = 0.5  # between looks at them
+GRACE_S = 3.0  # for a stage that is ended, to end by itself
+OUT_OF_TIME = 75  # exit status of a stage that has found nothing wrong, but had no time left to show what it is for
 STOPPED = "stopped by Ctrl-C or a signal"
 SECONDS = "TRITIUM_STAGE_SECONDS"  # environment variable of a stage: after so many it is killed
 
@@ -46,7 +49,8 @@ class Stage:
 @dataclass(frozen=True)
 class Outcome:
     """How a stage ended. status: "ok", "failed" (its exit status was not 0, it wrote nothing, or too much), "time
-    limit" (killed), "recorded" (need not run) or "not run" (no time left, or the run was stopped).
+    limit" (killed, or it ran out of time by itself), "recorded" (need not run) or "not run" (no time left, or the run
+    was stopped).
     """
 
     stage: str
@@ -103,11 +107,30 @@ def stop_on_signals() -> None:
     """Let SIGTERM (of a job's end) and SIGHUP (of a connection's) stop a run as Ctrl-C does: without, what it has
     started would live on, and no table or archive be made."""
 
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+    for number in SIGNALS:
+        signal.signal(number, _stop)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """The same for the duration, of a function as well: what it has in the folder for temporary files is removed, and
+    its children are ended. Nothing in a thread other than the main one, which cannot do it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(stage: Stage, out: pathlib.Path, limit_s: float) -> Outcome:
@@ -132,19 +155,30 @@ def _run(stage: Stage, out: pathlib.Path, limit_s: float) -> Outcome:
                 elif _bytes(lines) + _bytes(errors) > MOST_BYTES:
                     why = "failed"
         finally:  # also on Ctrl-C
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
     seconds = time.monotonic() - start
     if why == "time limit":
         return Outcome(stage.name, why, seconds, f"killed after {limit_s:.0f} s")
     if why:
         return Outcome(stage.name, why, seconds, f"killed: it wrote more than {MOST_BYTES >> 20} MiB")
+    if process.returncode == OUT_OF_TIME:
+        return Outcome(stage.name, "time limit", seconds, _last_line(errors))
     if process.returncode != 0:
         return Outcome(stage.name, "failed", seconds, f"exit status {process.returncode}: {_last_line(errors)}")
     if not _bytes(lines):
         return Outcome(stage.name, "failed", seconds, "it ended with status 0 and wrote nothing")
     return Outcome(stage.name, "ok", seconds)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask a stage to end, so that it removes its temporary files, and kill what is left of it and its children."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _bytes(path: pathlib.Path) -> int:

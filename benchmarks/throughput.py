@@ -1,12 +1,14 @@
 """Training throughput against peers: tokens/s of whole steps, on equal weights, batches and losses.
 
-    tritium bench peers [PRESET ...] [--T 256] [--B 2] [--rounds 10] [--peers textbook,litgpt]
+    tritium bench peers [PRESET ...] [--T 256] [--B 2] [--restarts 5] [--rounds 4] [--peers textbook,litgpt]
 
 Every implementation trains in a process of its own (:mod:`arm`), one at a time, in tritium's precision. First each
 peer's variants are tried and the fastest kept; then it is checked that all of them compute the same thing (precision,
 optimizer, and the losses of three steps from the same weights over the same batches: forward, backward, clipping and
 update; where they train in bf16, also in fp32, whose losses differ by less); then they are timed, interleaved in rounds
-(:mod:`timing`). A comparison of different things is refused: exit status 1.
+(:mod:`timing`), and that in several restarts: processes that find their code compiled, started in an order drawn anew,
+so that the interval covers what differs between two processes of one program. A comparison of different things is
+refused: exit status 1.
 
 A peer that does not implement the preset's model is compared at the nearest that it does (``fit`` of its module), with
 an arm of tritium of just that model, in the same rounds; tables name the model. A peer that cannot run says why; where
@@ -21,6 +23,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import random
 import re
 import shlex
 import statistics
@@ -31,7 +34,7 @@ from typing import Any
 
 import torch
 
-from tritium.benchmarks import peers, record, timing
+from tritium.benchmarks import peers, record, stages, timing
 from tritium.benchmarks.ablate import free_bytes
 from tritium.benchmarks.arm import OURS, ArmError, ArmProcess
 from tritium.benchmarks.ours import PRECISION
@@ -49,6 +52,7 @@ SHAPES = {
 VOCAB_SIZE = 1024  # for a preset that takes its vocabulary from the data: what the tiny preset's tokenizer has
 LOSS_STEPS = 3
 LOSS_BOUNDS = {"fp32": 2e-5, "bf16": 2e-3, "fp8": 2e-2}  # relative, on every step's loss
+RESTARTS, ROUNDS = 5, 4  # few rounds in many processes: of the two, it is the processes that differ more
 FILL = 0.9  # of the free memory, that the arms of one comparison may hold
 NEAR = 0.05  # a variant this close to its peer's best in the screening is timed as well,
 FINALISTS = 2  # up to so many of BASELINE and of MEASURE; of the other peers the best
@@ -60,25 +64,31 @@ ARM: record.Schema = {
     "model": str,  # a key of settings.models
     "losses": [record.NUMBER],  # of LOSS_STEPS steps from the common weights
     "losses_fp32": [record.NUMBER],  # the same uncompiled in fp32, over two rows at most; [] where it trains in fp32
-    "warm_up": {"runs": int, "stable": bool},
+    "warm_up": {"runs": int, "stable": bool},  # of all restarts
     "tokens_per_s": record.NUMBER,  # B·T over the median step
     "times": {
         "runs": int, "min_ms": record.NUMBER, "p20_ms": record.NUMBER, "p50_ms": record.NUMBER, "p80_ms": record.NUMBER,
         "rounds_ms": [[record.NUMBER]],
+        "restarts": [int],  # of each round: which restart it is from, counted from 0
     },
     "noise": record.NUMBER,  # median |log ratio| of the two runs within a round
     "startup_s": record.NUMBER,  # from before the process existed to the end of its first step, compiled from nothing
-    "peak_bytes": int,  # after two steps, less what the imports take
+    "peak_bytes": int,  # after two steps of that process, less what the imports take
     "threads": int,
     "kernels": [{"site": str, "op": str, "phase": str, "backend": str, "why": str}],
 }  # fmt: skip
 INTERVAL: record.Schema = {"median": record.NUMBER, "low": record.NUMBER, "high": record.NUMBER, "level": record.NUMBER}
 SCHEMA: record.Schema = {
     "settings": {
-        "preset": str, "T": int, "B": int, "rounds": int, "seed": int, "config": dict,
+        "preset": str, "T": int, "B": int, "seed": int, "config": dict,
+        "restarts": int,  # that were asked for: processes of each arm that are timed
+        "rounds": int,  # in each of them
         "models": {str: {
             "changed": str,  # what differs from the preset's model: "position=rope"; "" for that itself
             "flops_per_token": int,  # full convention
+            "restarts": int,  # that were completed; of one, the intervals cover rounds within this process alone
+            "stopped": str,  # why they are fewer, or ""
+            "deviation": (*record.NUMBER, type(None)),  # between processes of one arm: timing.restart_deviation
         }},
     },
     "method": str,
@@ -94,9 +104,11 @@ SCHEMA: record.Schema = {
 }  # fmt: skip
 METHOD = (
     "one process an arm, one running at a time; waiting threads sleep in all (OMP_WAIT_POLICY=PASSIVE); on a CPU "
-    "tritium keeps freed memory in the process, and so do the variants marked so; warm-up until the medians of two "
-    "windows of 3 steps agree to 5 %; a round is every arm once in an order and once in its reverse; speedup = median "
-    "over rounds of the ratio of times within the round, 95 % bootstrap, stretched for few rounds"
+    "tritium keeps freed memory in the process, and so do the variants marked so; all arms are restarted together, in "
+    "an order drawn from the seed, their code compiled before; in each restart warm-up until the medians of two "
+    "windows of 3 steps agree to 5 %, then rounds: every arm once in an order and once in its reverse; speedup = "
+    "geometric mean over restarts of the median over rounds of the ratio of times within the round, 95 % by Student's "
+    "t over the restarts; of one restart: the median over rounds, 95 % bootstrap, stretched for few rounds"
 )
 
 
@@ -121,7 +133,8 @@ def bench_train(
     T: int,
     B: int,
     *,
-    rounds: int = 10,
+    restarts: int = RESTARTS,
+    rounds: int = ROUNDS,
     device: str = "cpu",
     peer_names: Sequence[str] = peers.NAMES,
     screening_steps: int = 5,
@@ -130,6 +143,7 @@ def bench_train(
 ) -> dict[str, Any]:
     """Compare training throughput; returns the record (:data:`SCHEMA`).
 
+    restarts: processes of each arm that are timed, each for ``rounds`` rounds; 1: those that compiled from nothing.
     screening_steps: timed steps of each variant when choosing among a peer's; 0 takes the first variant of each.
     Raises Different, ArmError when ours fails, and ValueError when no peer can be compared with.
     """
@@ -147,7 +161,7 @@ def bench_train(
         models = {fit.config.name: fit for fit in fits.values()}
         for model, fit in models.items():  # one after the other: a process holds its model as long as it lives
             names = [name for name, other in fits.items() if other.config.name == model]
-            found, taken = run.compare(fit, names, screening_steps, rounds)
+            found, taken = run.compare(fit, names, screening_steps, restarts, rounds)
             facts |= found
             samples |= taken
     record.after(result)
@@ -168,8 +182,9 @@ def bench_train(
             "times": mine.to_json(),
             "noise": timing.noise(mine),
         }
-        name = f"{key} tokens/s"
-        result["figures"].append(record.figure(name, "tokens/s", "higher", [1e3 * B * T / ms for ms in mine.ms]))
+        speeds = [1e3 * B * T / ms for ms in mine.ms]
+        of = [restart for restart in mine.restarts for _ in range(2)]
+        result["figures"].append(record.figure(f"{key} tokens/s", "tokens/s", "higher", speeds, restarts=of))
     speedup = {
         key: timing.speedup(samples[ours[fact["model"]]], samples[key])
         for key, fact in facts.items()
@@ -187,12 +202,17 @@ def bench_train(
     contenders = [key for key in speedup if facts[key]["peer"] not in void]
     return result | {
         "settings": {
-            "preset": config.name, "T": T, "B": B, "rounds": rounds, "seed": seed,
+            "preset": config.name, "T": T, "B": B, "restarts": restarts, "rounds": rounds, "seed": seed,
             "config": json.loads(config.to_json()),
             "models": {
                 name: {
                     "changed": peers.changed(config.model, fit.config.model),
                     "flops_per_token": flops_per_token(fit.config.model, T),
+                    "restarts": len(set(samples[ours[name]].restarts)),
+                    "stopped": run.stopped.get(name, ""),
+                    "deviation": timing.restart_deviation(
+                        [samples[key] for key, fact in facts.items() if fact["model"] == name]
+                    ),
                 }
                 for name, fit in used.items()
             },
@@ -252,6 +272,15 @@ def falls_behind(facts: Mapping[str, dict[str, Any]], samples: Mapping[str, timi
     return {BASELINE: f"it has to be at least as fast as {MEASURE}, compiled, and is {ratio} × as fast"}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """How an arm is started. cache: the folder of its compiled code."""
+
+    name: str
+    variant: peers.Variant | None
+    cache: str
+
+
 @dataclasses.dataclass
 class _Run:
     """What all arms of one comparison share."""
@@ -265,6 +294,7 @@ class _Run:
     screening: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # peer → why no variant of it runs
     needs: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)  # (peer, variant) → bytes it held
+    stopped: dict[str, str] = dataclasses.field(default_factory=dict)  # model → why it has fewer restarts
 
     def process(self, name: str, variant: peers.Variant | None, cache: str = "") -> ArmProcess:
         """A process for an arm. cache: name of a folder of compiled code shared by arms; "": its own, empty one."""
@@ -276,19 +306,21 @@ class _Run:
         return ArmProcess(name, settings, compiled, place / "stderr.txt")
 
     def compare(
-        self, fit: Fit, names: Sequence[str], screening_steps: int, rounds: int
+        self, fit: Fit, names: Sequence[str], screening_steps: int, restarts: int, rounds: int
     ) -> tuple[dict[str, dict[str, Any]], dict[str, timing.Samples]]:
         """Try the peers of one model, start the fastest anew and time them beside tritium: ARM without its figures, and
         the timings, by key; both empty where no peer runs. Different where an arm is not like tritium's."""
-        with contextlib.ExitStack() as stack:
+        facts: dict[str, dict[str, Any]] = {}
+        starts: dict[str, _Start] = {}
+        with contextlib.ExitStack() as stack:  # all at once: what has room here has it in every restart
             arms: dict[str, ArmProcess] = {}
-            facts: dict[str, dict[str, Any]] = {}
 
             def begin(name: str, variant: peers.Variant | None) -> dict[str, Any]:
-                arm = stack.enter_context(self.process(name, variant))
+                start = _Start(name, variant, f"compiled_{self.spawned}")
+                arm = stack.enter_context(self.process(name, variant, start.cache))
                 fact = self.begin(arm, fit)
                 key = f"{name}: {fact['variant']}" + (f" [{fit.words}]" if fit.words else "")
-                arms[key], facts[key] = arm, fact
+                arms[key], facts[key], starts[key] = arm, fact, start
                 _say(f"{key}: first step done after {fact['startup_s']:.1f} s, losses {fact['losses']}")
                 return fact
 
@@ -307,12 +339,62 @@ class _Run:
                         free -= need or list(arms.values())[-1].memory_bytes()
             if len(arms) == 1:
                 return {}, {}
-            for key, arm in arms.items():
-                warm = timing.warm_up(arm.step_ms)
-                facts[key]["warm_up"] = {"runs": warm.runs, "stable": warm.stable}
-            steps = {key: arm.step_ms for key, arm in arms.items()}
-            samples = timing.interleave(steps, rounds, lambda done: _say(f"round {done} of {rounds}"))
-        return facts, samples
+            if restarts == 1:
+                taken = [self.time(arms, facts, rounds)]
+        if restarts > 1:
+            taken = self.restarted(starts, facts, fit, restarts, rounds)
+        return facts, {key: timing.joined([part[key] for part in taken]) for key in facts}
+
+    def time(
+        self, arms: Mapping[str, ArmProcess], facts: Mapping[str, dict[str, Any]], rounds: int
+    ) -> dict[str, timing.Samples]:
+        """Warm arms up and time them, interleaved; adds to the ``warm_up`` of their facts."""
+        for key, arm in arms.items():
+            warm = timing.warm_up(arm.step_ms)
+            before = facts[key].get("warm_up", {"runs": 0, "stable": True})
+            facts[key]["warm_up"] = {"runs": before["runs"] + warm.runs, "stable": before["stable"] and warm.stable}
+        steps = {key: arm.step_ms for key, arm in arms.items()}
+        return timing.interleave(steps, rounds, lambda done: _say(f"round {done} of {rounds}"))
+
+    def restarted(
+        self, starts: Mapping[str, _Start], facts: Mapping[str, dict[str, Any]], fit: Fit, restarts: int, rounds: int
+    ) -> list[dict[str, timing.Samples]]:
+        """Time every arm in ``restarts`` processes, of which those of one restart live side by side: the timings of
+        each restart. Where an arm fails in a later one, those before it are kept and the reason is in ``stopped``."""
+        drawn = random.Random(f"{self.seed} {fit.config.name}")
+        taken: list[dict[str, timing.Samples]] = []
+        for restart in range(restarts):
+            order = drawn.sample(list(starts), len(starts))
+            _say(f"restart {restart + 1} of {restarts}")
+            warm_ups = {key: fact.get("warm_up") for key, fact in facts.items()}
+            try:
+                with contextlib.ExitStack() as stack:
+                    arms = {}
+                    for key in order:
+                        start = starts[key]
+                        arms[key] = stack.enter_context(self.process(start.name, start.variant, start.cache))
+                        self.begin_again(key, arms[key], facts[key], fit)
+                    taken.append(self.time(arms, facts, rounds))
+            except ArmError as error:
+                if not taken:
+                    raise
+                for key, before in warm_ups.items():
+                    facts[key]["warm_up"] = before
+                self.stopped[fit.config.name] = f"restart {restart + 1} failed: {error}"
+                _say(f"{self.stopped[fit.config.name]}; the {restart} before it are kept")
+                break
+        return taken
+
+    def begin_again(self, key: str, arm: ArmProcess, fact: Mapping[str, Any], fit: Fit) -> None:
+        """Build an arm once more; Different where it trains otherwise than it did."""
+        started = arm.start(fit.config, self.B, self.T, self.device, self.seed)
+        precision = fact["settings"]["precision"]
+        again = (arm.losses(LOSS_STEPS), precision)
+        found = equal_losses({"it": (fact["losses"], precision), "restarted it": again})["problems"]
+        if found or started["variant"] != fact["variant"]:
+            found = found or [f"it was {fact['variant']} and is {started['variant']}"]
+            raise Different(f"{key} is another one after a restart, so it cannot be timed: {'; '.join(found)}")
+        _say(f"{key}: started in {started['startup_s']:.1f} s")
 
     def begin(self, arm: ArmProcess, fit: Fit) -> dict[str, Any]:
         """Build an arm and see what it computes: ARM without what is timed."""
@@ -438,7 +520,7 @@ def table(result: dict[str, Any]) -> str:
         title = f"{model}" + (f" ({about['changed']})" if about["changed"] else "")
         lines += [
             f"**{title}, T={settings['T']}, B={settings['B']}** on {where}; torch {version['torch']}, "
-            f"{settings['rounds']} interleaved rounds, commit {result['commit'][:10]}"
+            f"{_taken(settings['rounds'], about)}, commit {result['commit'][:10]}"
             f"{' (modified)' if result['dirty'] else ''}: `{result['command']}`",
             "",
             "| training step | tokens/s | tritium is faster by (95 % interval) | start-up, s | peak memory, GiB |",
@@ -448,9 +530,21 @@ def table(result: dict[str, Any]) -> str:
         lines += [_row(result, key, arm) for key, arm in sorted(arms, key=lambda item: item[1]["times"]["p50_ms"])]
         lines.append("")
     lines += [f"{name} is left out: {reason}." for name, reason in result["peers_absent"].items()]
+    stopped = {model: about["stopped"] for model, about in models.items() if about.get("stopped")}
+    lines += [f"{model} has fewer restarts than were asked for: {reason}." for model, reason in stopped.items()]
     lines += [f"{name} is void as a baseline: {reason}." for name, reason in _void(result).items()]
     lines += [f"NOT SO: {check['name']} ({check['detail']})." for check in result["checks"] if not check["ok"]]
     return "\n".join(lines).rstrip()
+
+
+def _taken(rounds: int, about: Mapping[str, Any]) -> str:
+    """How a model's arms were timed. A record before version 4 had one process of each arm, and does not say so."""
+    if "restarts" not in about:
+        return f"{rounds} interleaved rounds"
+    if about["restarts"] == 1:
+        return f"{rounds} interleaved rounds in one process of each (so the intervals do not cover another process)"
+    deviation = f" (which deviate by {100 * about['deviation']:.1f} %)" if about["deviation"] is not None else ""
+    return f"{rounds} interleaved rounds in each of {about['restarts']} processes{deviation}"
 
 
 def _row(result: dict[str, Any], key: str, arm: dict[str, Any]) -> str:
@@ -520,7 +614,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--T", type=int, help="tokens in a row (default: by preset, 256 on a CPU)")
     made.add_argument("--B", type=int, help="rows in a step (default: by preset)")
     made.add_argument(
-        "--rounds", type=int, default=10, help="interleaved rounds, each runs everything twice (default: 10)"
+        "--restarts",
+        type=int,
+        default=RESTARTS,
+        help="processes of each arm that are timed, so that the interval covers what differs between two processes of "
+        "one program; 1 times those that compiled, and its interval does not (default: %(default)s)",
+    )
+    made.add_argument(
+        "--rounds",
+        type=int,
+        default=ROUNDS,
+        help="interleaved rounds in each restart, each runs everything twice (default: %(default)s)",
     )
     made.add_argument(
         "--peers", default=",".join(peers.NAMES), help="implementations to compare with (default: %(default)s)"
@@ -553,7 +657,8 @@ def _check(made: argparse.ArgumentParser, a: argparse.Namespace) -> None:
         if name not in peers.NAMES:
             close = nearest(name, peers.NAMES)
             made.error(f"there is no peer {name!r}; the nearest are {close}. All: {', '.join(peers.NAMES)}")
-    least = {"rounds": (2, ", or there is no interval"), "T": (1, ""), "B": (1, ""), "screening_steps": (0, "")}
+    rounds = (2, " with --restarts 1, or there is no interval") if a.restarts == 1 else (1, "")
+    least = {"restarts": (1, ""), "rounds": rounds, "T": (1, ""), "B": (1, ""), "screening_steps": (0, "")}
     for field, (low, why) in least.items():
         value = getattr(a, field)
         if value is not None and value < low:
@@ -562,6 +667,7 @@ def _check(made: argparse.ArgumentParser, a: argparse.Namespace) -> None:
         made.error(f"--seed must be from 0 to {2**63 - 1}; it is {a.seed}")
 
 
+@stages.ended_by_signals()
 def main(argv: Sequence[str] | None = None) -> int:
     """``tritium bench peers``; exit status 0, 1 when the losses differ, an arm fails or one of peers.REQUIRED gives no
     figure, 2 for a wrong command line."""
@@ -592,7 +698,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = shlex.join(["tritium", "bench", "peers", *argv])
         try:
             result = bench_train(
-                config, T, B, rounds=a.rounds, device=device, peer_names=a.peers.split(","),
+                config, T, B, restarts=a.restarts, rounds=a.rounds, device=device, peer_names=a.peers.split(","),
                 screening_steps=a.screening_steps, seed=a.seed, command=command,
             )  # fmt: skip
         except (Different, ArmError, ValueError) as error:

@@ -6,6 +6,12 @@ against B" is the median over rounds of the ratio of their times within the roun
 rounds: noise that lasts longer than a round cancels, and noise that does not widens the interval. What is assumed is
 that the ratios of different rounds know nothing of each other.
 
+Two processes of one program can differ for as long as they live, by how their memory happens to lie: no number of
+rounds tells that from a difference between programs. Where every alternative was *restarted*, the figure is the
+geometric mean of the restarts' medians, and the interval Student's over the restarts, one value each
+(:func:`over_restarts`). All that differs between processes and all that differs between rounds is in these values, so
+that their deviation is the whole of it. It is not a bootstrap: of three or five restarts there are too few resamples.
+
 An *arm* is a function without arguments that runs its alternative once and returns the milliseconds it took.
 :func:`timed` makes one from a call and a :class:`Clock`; an arm may as well drive another process that times itself.
 """
@@ -142,9 +148,17 @@ def warm_up(
 
 @dataclass(frozen=True)
 class Samples:
-    """The timings of one arm: for each round, the two runs of its palindrome, in milliseconds."""
+    """The timings of one arm: for each round, the two runs of its palindrome, in milliseconds.
+
+    restarts: for each round, which start of the arm's process it is from, counted from 0; () where there was one.
+    """
 
     rounds: tuple[tuple[float, float], ...]
+    restarts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.restarts and len(self.restarts) != len(self.rounds):
+            raise ValueError(f"{len(self.rounds)} rounds cannot be of {len(self.restarts)} restarts; name one of each")
 
     @property
     def ms(self) -> list[float]:
@@ -165,7 +179,14 @@ class Samples:
             "min_ms": min(self.ms),
             **quantiles,
             "rounds_ms": [list(pair) for pair in self.rounds],
+            **({"restarts": list(self.restarts)} if self.restarts else {}),
         }
+
+
+def joined(parts: Sequence[Samples]) -> Samples:
+    """The timings of one arm in several processes, one after the other."""
+    rounds = tuple(pair for part in parts for pair in part.rounds)
+    return Samples(rounds, tuple(i for i, part in enumerate(parts) for _ in part.rounds))
 
 
 def interleave(
@@ -195,7 +216,8 @@ def interleave(
 
 @dataclass(frozen=True)
 class Interval:
-    """A median over rounds with its interval. For a ratio of speeds: above 1 when the first is faster."""
+    """A median over rounds with its interval, or of several restarts the geometric mean of their medians. For a ratio
+    of speeds: above 1 when the first is faster."""
 
     median: float
     low: float
@@ -243,14 +265,56 @@ def bootstrap_median_of_positive(values: Sequence[float], *, level: float = 0.95
     return Interval(math.exp(found.median), math.exp(found.low), math.exp(found.high), level)
 
 
+def by_restart(values: Sequence[float], restarts: Sequence[int]) -> list[float]:
+    """The median of the values of each restart, in the order of the restarts."""
+    taken: dict[int, list[float]] = {}
+    for value, restart in zip(values, restarts, strict=True):
+        taken.setdefault(restart, []).append(value)
+    return [statistics.median(taken[restart]) for restart in sorted(taken)]
+
+
+def over_restarts(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """The geometric mean of one positive value of each of at least two restarts, with Student's interval.
+
+    Assumed is that the restarts know nothing of each other, and that their logarithms are about normal.
+    """
+    if len(values) < 2 or not all(0.0 < value < math.inf for value in values):
+        raise ValueError(f"an interval needs positive values of at least two restarts, not {list(values)}")
+    logs = [math.log(value) for value in values]
+    middle = statistics.fmean(logs)
+    half = student_quantile(level, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Interval(math.exp(middle), math.exp(middle - half), math.exp(middle + half), level)
+
+
 def speedup(ours: Samples, theirs: Samples, *, level: float = 0.95, seed: int = 0) -> Interval:
-    """How many times faster ``ours`` is than ``theirs``, from their times within the same rounds."""
-    if len(ours.rounds) != len(theirs.rounds):
+    """How many times faster ``ours`` is than ``theirs``, from their times within the same rounds.
+
+    Of several restarts the interval covers what differs between two processes; of one it covers this process alone.
+    """
+    if len(ours.rounds) != len(theirs.rounds) or ours.restarts != theirs.restarts:
         raise ValueError(
-            f"rounds must be paired: {len(ours.rounds)} against {len(theirs.rounds)}; time both in one interleave()"
+            f"rounds must be paired: {len(ours.rounds)} against {len(theirs.rounds)}; time both in one interleave(), "
+            "and restart both at once"
         )
     ratios = [sum(b) / sum(a) for a, b in zip(ours.rounds, theirs.rounds, strict=True)]
+    if len(set(ours.restarts)) > 1:
+        return over_restarts(by_restart(ratios, ours.restarts), level=level)
     return bootstrap_median_of_positive(ratios, level=level, seed=seed)
+
+
+def restart_deviation(samples: Sequence[Samples]) -> float | None:
+    """Standard deviation between processes of one arm, about a fraction of its time; None for fewer than two arms of
+    two restarts. All arms have the same restarts.
+
+    Of the logarithms of the restarts' medians, with what is common to an arm and what is common to a restart (the
+    machine was slower then) taken out; the little that the noise within a restart adds to a median is in it.
+    """
+    if len(samples) < 2 or len(set(samples[0].restarts)) < 2:
+        return None
+    table = numpy.log([by_restart([sum(pair) for pair in arm.rounds], arm.restarts) for arm in samples])
+    rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+    arms, restarts = table.shape
+    return float(numpy.sqrt((rest**2).sum() / ((arms - 1) * (restarts - 1))))
 
 
 def noise(samples: Samples) -> float:

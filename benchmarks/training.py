@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tritium.benchmarks import anatomy, record, timing
+from tritium.benchmarks import anatomy, record, stages, timing
 from tritium.engine import presets
 from tritium.engine.config import Config, ConfigError
 from tritium.kernels.op import KernelError, nearest
@@ -625,10 +625,16 @@ def summary(result: dict[str, Any]) -> str:
     q = timing.Samples(tuple((x, x) for x in found["step"]["samples"]))
     over = result["step_over_own"]
     each = f" in each of {s['processes']} processes" if s["processes"] > 1 else ""
-    lines = [
+    title = (
         f"{result['preset']}, T={s['T']}, B={s['B']}{each}, {result['dtype']}, "
         f"{'compiled' if c['compiled'] else 'eager'}"
-        f"{', deterministic' if result['deterministic'] else ''}, on {result['machine']['name']}",
+        f"{', deterministic' if result['deterministic'] else ''}, on {result['machine']['name']}"
+    )
+    red = [f"  FAILED: {check['name']}: {check['detail']}" for check in result["checks"] if not check["ok"]]
+    if red:  # speeds of something wrong are no speeds
+        return "\n".join([title, *red, "  so its figures do not count and are not shown; the record has them"])
+    lines = [
+        title,
         f"  tokens/s            {found['tokens/s']['value']:,.0f}",
         f"  step                {q.quantile_ms(0.5):.1f} ms "
         f"[p20 {q.quantile_ms(0.2):.1f}, p80 {q.quantile_ms(0.8):.1f}], noise {100 * result['noise']:.1f} %",
@@ -661,7 +667,6 @@ def summary(result: dict[str, Any]) -> str:
             f"  NOT SETTLED: after {result['warm_up']['runs']} steps two windows of three still differed by over 5 %, "
             "so the figures may be of a machine that was not steady: repeat it when nothing else runs"
         )
-    lines += [f"  FAILED: {check['name']}: {check['detail']}" for check in result["checks"] if not check["ok"]]
     return "\n".join(lines)
 
 
@@ -686,6 +691,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+@stages.ended_by_signals()
 def main(argv: Sequence[str] | None = None) -> int:
     """``tritium bench train``; exit status 0, 1 when a check fails or the run cannot be made (kernels, data, memory, a
     graph that breaks), 2 for a wrong command line."""

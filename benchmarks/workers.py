@@ -25,6 +25,7 @@ from typing import Any
 QUIET_S = 20.0  # a child that has said nothing for so long hangs
 CRASHES = 2  # of one group, then the rest of it is not tried
 MOST_BYTES = 1 << 20  # of one answer; more is garbage
+NO_TIME = "no time left"  # what the detail of an item that was not run for this begins with
 
 Beat = Callable[[float], None]  # "I am alive; wait for so many seconds more than QUIET_S now"
 
@@ -147,7 +148,7 @@ def work(
     try:
         while True:
             late = end is not None and time.monotonic() >= end
-            while waiting and (reason := why_not or ("no time left" if late else given_up(waiting[0].group))):
+            while waiting and (reason := why_not or (NO_TIME if late else given_up(waiting[0].group))):
                 yield Done(waiting.popleft(), "not run", detail=reason)
             for child in list(children):
                 if waiting and child.ready and child.item is None:
@@ -203,7 +204,7 @@ def work(
                     if child.item is not None and (over or now >= child.deadline):
                         remove(child)
                         if over:
-                            yield Done(child.item, "not run", detail="no time left to finish it")
+                            yield Done(child.item, "not run", detail=f"{NO_TIME} to finish it")
                         else:
                             hangs[child.item.group] += 1
                             yield Done(child.item, "hung", detail=f"said nothing for {quiet_s:.0f} s, killed")

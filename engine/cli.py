@@ -29,7 +29,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError as missing:  # a bare Python: what reads no flags by it works all the same
+    if missing.name != "tyro":
+        raise
+    tyro = None  # type: ignore[assignment]
 
 from tritium.engine import presets
 from tritium.engine.config import Config, ConfigError
@@ -38,6 +43,10 @@ from tritium.engine.report import Progress, Reporter, bits_table, closing_report
 
 class UsageError(Exception):
     """What the user typed is not understood; the message names the nearest things that are. Exit status 2."""
+
+
+class MissingPackage(Exception):
+    """A package that tritium needs for what was asked is not installed. Exit status 1."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,7 +155,7 @@ def _expected(error: Exception) -> str | None:
         ("tritium.engine.plan", "OutOfMemory"),
     )
     known = [getattr(sys.modules[module], name, None) for module, name in places if module in sys.modules]
-    if isinstance(error, (ConfigError, *(k for k in known if k is not None))):
+    if isinstance(error, (ConfigError, MissingPackage, *(k for k in known if k is not None))):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename else ""
@@ -326,6 +335,11 @@ def parse(
 
     verb: as typed after ``tritium``. about: what the help says first. default: an instance to start from.
     """
+    if tyro is None:
+        raise MissingPackage(
+            f"flags are read by the package tyro, which {sys.executable} does not have; install it there "
+            f"({_python()} -m pip install tyro), or in a clone use the Python that `make` sets up: .venv/bin/tritium"
+        )
     arguments = normalise(argv, kind, positional, f"{command()} {verb}")
     options: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(

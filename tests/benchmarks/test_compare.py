@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import pathlib
 
 import numpy
 import pytest
@@ -88,6 +89,39 @@ def test_samples_that_are_all_equal_have_a_point_for_an_interval():
     assert (found.median, found.low, found.high) == (pytest.approx(1.5),) * 3
 
 
+def restarted(seed, middle, processes, n=8, deviation=0.02, noise=0.01):
+    """(samples, their restarts) of ``processes`` processes, each of its own speed for as long as it lives."""
+    random = numpy.random.default_rng(seed)
+    speeds = middle * numpy.exp(
+        deviation * random.normal(size=(processes, 1)) + noise * random.normal(size=(processes, n))
+    )
+    return list(speeds.ravel()), [i for i in range(processes) for _ in range(n)]
+
+
+@pytest.mark.parametrize("processes", [(5, 5), (3, 8), (5, 1), (1, 5), (3, 1)])
+def test_the_interval_covers_what_differs_between_processes(processes):
+    """Of one process in both records nobody can tell."""
+    found, blind = [], []
+    for seed in range(400):
+        top, bottom = (restarted(2 * seed + i, (1.1, 1.0)[i], processes[i]) for i in range(2))
+        restarts = tuple(of if max(of) else [] for _, of in (top, bottom))
+        found.append(compare.ratio_of_medians(top[0], bottom[0], restarts))
+        if seed < 50:
+            blind.append(compare.ratio_of_medians(top[0][:8], bottom[0][:8]))
+    covered = sum(f.low <= 1.1 <= f.high for f in found) / len(found)
+    assert 0.92 <= covered <= 0.985  # nominal 0.95; 400 trials have a standard error of 0.011
+    assert sum(f.low <= 1.1 <= f.high for f in blind) / len(blind) < 0.8
+    assert all(f.low <= f.median <= f.high for f in found)
+
+
+def test_the_median_of_restarts_is_students():
+    found = compare.median_of([2.0, 2.0, 8.0, 8.0], [0, 0, 1, 1])
+    half = 12.7062 * math.log(4.0) / 2  # 1 degree of freedom; the deviation over √2 is half of the distance
+    assert (found.median, math.log(found.high / 4.0)) == (pytest.approx(4.0), pytest.approx(half, rel=1e-4))
+    same = compare.ratio_of_medians([3.0] * 4, [2.0] * 4, ([0, 0, 1, 1], []))
+    assert (same.median, same.low, same.high) == (pytest.approx(1.5),) * 3
+
+
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
 
@@ -124,6 +158,27 @@ def rows(out):
     """name → its line, of what compare printed."""
     table = out[out.index("B/A") :].split("\n\n")[0].splitlines()[1:]
     return {line.split("  ")[0]: line for line in table}
+
+
+def test_what_an_interval_knows_of_processes_is_said(tmp_path, capsys):
+    one, other, both = "does not know either what differs between two processes", "is taken to deviate as they do", []
+    for name, speed in (("a", 100.0), ("b", 112.0)):
+        path = pathlib.Path(made(tmp_path, name, speed=speed))
+        found = json.loads(path.read_text())
+        values, of = restarted(int(speed), speed, 5)
+        found["figures"][0] = record.figure("tokens/s", "tokens/s", "higher", values, restarts=of)
+        del found["figures"][1]
+        both.append(tmp_path / f"{name}_restarted.json")
+        both[-1].write_text(json.dumps(found))
+    alone = made(tmp_path, "alone")
+    for pair, said, unsaid in (
+        ((alone, alone), [one], [other]), ((alone, both[1]), [other], [one]), (both, [], [one, other]),
+    ):  # fmt: skip
+        assert compare.main([str(path) for path in pair]) == 0
+        shown = capsys.readouterr().out
+        assert all(text in shown for text in said)
+        assert not any(text in shown for text in unsaid)
+    assert rows(shown)["tokens/s"].endswith("better")
 
 
 def test_above_one_means_that_b_is_better_whatever_the_unit(tmp_path, capsys):

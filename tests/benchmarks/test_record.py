@@ -1,6 +1,7 @@
 """Benchmark records: what is checked before one is written."""
 
 import json
+import re
 import types
 
 import pytest
@@ -130,7 +131,7 @@ def test_a_record_with_figures_and_checks_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"schema": 4}, "has schema 4"),
+        ({"schema": 5}, "has schema 5"),
         (
             {"figures": [record.figure("step", "ms", "lower", [1.0, 2.0]) | {"value": 3.0}]},
             "figures[0].value of 'step' is 3.0, its samples' median 1.5",
@@ -219,6 +220,29 @@ def test_the_machine_is_looked_at_again_when_all_was_timed(monkeypatch):
     assert result["machine"]["state_after"] == hot
     assert len(result["machine"]["load_after"]) == 3
     assert record.problems(result, record.COMMON) == []
+
+
+def test_records_of_version_3_have_one_process_of_each_arm(tmp_path):
+    now = record.begin("train", "tritium bench train", "cpu", "tiny")
+    now["figures"] = [record.figure("tokens/s", "tokens/s", "higher", [1.0, 2.0])]
+    (tmp_path / "now.json").write_text(json.dumps(now))
+    old = now | {"schema": 3, "figures": [{k: v for k, v in now["figures"][0].items() if k != "restarts"}]}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert record.read(tmp_path / "old.json") == record.read(tmp_path / "now.json") == now
+
+
+def test_the_restarts_of_a_figure_are_those_of_its_samples(tmp_path):
+    made = record.figure("tokens/s", "tokens/s", "higher", [1.0, 2.0, 3.0], restarts=[0, 1, 1])
+    assert made["restarts"] == [0, 1, 1]
+    assert record.figure("tokens/s", "tokens/s", "higher", [1.0, 2.0], restarts=[0, 0])["restarts"] == []  # one process
+    now = record.begin("test", "tritium bench", "cpu") | GOOD
+    record.write(now | {"figures": [made]}, SCHEMA, tmp_path / "record.json")
+    for wrong, said in (([0, 1], "has 2 restarts for 3 samples"), ([0, 1, "2"], "restarts[2] must be int")):
+        with pytest.raises(record.RecordError, match=re.escape(said)):
+            record.write(now | {"figures": [made | {"restarts": wrong}]}, SCHEMA, tmp_path / "record.json")
+    (tmp_path / "record.json").write_text(json.dumps(now | {"figures": [made | {"restarts": [0]}]}))
+    with pytest.raises(record.RecordError, match="has 1 restarts for 3 samples"):
+        record.read(tmp_path / "record.json")
 
 
 def test_records_of_version_2_are_brought_up_to_date(tmp_path):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 
+import numpy
 import pytest
 
 from tritium.benchmarks import arm, compare, peers, record, throughput
@@ -27,8 +29,9 @@ def small(monkeypatch):
 
 def run(tmp_path, *more):
     return throughput.main(
-        ["few", "--T", "16", "--B", "2", "--rounds", "3", "--peers", "textbook", "--out", str(tmp_path), *more]
-    )
+        ["few", "--T", "16", "--B", "2", "--restarts", "1", "--rounds", "3", "--peers", "textbook",
+         "--out", str(tmp_path), *more]
+    )  # fmt: skip
 
 
 def test_a_comparison_leaves_a_record_and_a_table(tmp_path, capsys):
@@ -44,6 +47,7 @@ def test_a_comparison_leaves_a_record_and_a_table(tmp_path, capsys):
     assert {row["site"]: row["backend"] for row in mine["kernels"]}["blocks.0.attention"]
     for fact in (mine, other):
         assert len(fact["times"]["rounds_ms"]) == 3
+        assert fact["times"]["restarts"] == [0, 0, 0]
         assert fact["tokens_per_s"] == pytest.approx(1e3 * 32 / fact["times"]["p50_ms"])
         assert fact["startup_s"] > 0
         assert fact["peak_bytes"] > 0
@@ -53,6 +57,11 @@ def test_a_comparison_leaves_a_record_and_a_table(tmp_path, capsys):
     assert figures.keys() == {f"{ours} tokens/s", f"{theirs} tokens/s"}
     assert figures[f"{ours} tokens/s"]["better"] == "higher"
     assert len(figures[f"{ours} tokens/s"]["samples"]) == 6
+    assert figures[f"{ours} tokens/s"]["restarts"] == []
+    assert (
+        "3 interleaved rounds in one process of each (so the intervals do not cover another process)"
+        in (tmp_path / "throughput.md").read_text()
+    )
     assert [(check["name"], check["ok"]) for check in result["checks"]] == [
         ("equal precision and optimizer", True), ("equal losses", True),
     ]  # fmt: skip
@@ -263,6 +272,114 @@ def test_arms_that_the_memory_does_not_hold_are_left_out_and_said(monkeypatch, t
     assert {fact["peer"] for fact in result["arms"].values()} == {"tritium", "textbook"}
 
 
+class Deviating(FakeArm):
+    """Every process is up to 3 % faster or slower than its arm for as long as it lives."""
+
+    started = []  # (arm, folder of compiled code, arms alive) of each process
+    random = numpy.random.default_rng(0)
+
+    def __init__(self, name, variant, cache, stderr):
+        super().__init__(name, variant, cache, stderr)
+        self.factor, self.cache = float(numpy.exp(0.03 * self.random.uniform(-1, 1))), cache
+
+    def start(self, *more):
+        Deviating.started.append((self.name, self.cache, FakeArm.alive))
+        return super().start(*more)
+
+    def step_ms(self):
+        return super().step_ms() * self.factor
+
+
+@pytest.fixture
+def deviating(monkeypatch, all_installed):
+    monkeypatch.setattr(throughput, "ArmProcess", Deviating)
+    monkeypatch.setattr(Deviating, "started", [])
+    monkeypatch.setattr(Deviating, "random", numpy.random.default_rng(0))
+    monkeypatch.setattr(huggingface, "why_not", lambda device: None)
+
+
+def test_restarts_are_fresh_processes_in_an_order_drawn_anew_and_widen_the_interval(tmp_path, capsys, deviating):
+    status, result = run_with(tmp_path, "textbook,huggingface", "--B", "2", "--restarts", "6")
+    assert status == 0
+    first, rest = Deviating.started[:3], Deviating.started[3:]
+    assert [name for name, *_ in first] == ["tritium", "textbook", "huggingface"]
+    caches = {name: cache for name, cache, _ in first}
+    assert len(set(caches.values())) == 3
+    restarts = [rest[i : i + 3] for i in range(0, 18, 3)]
+    assert all([alive for *_, alive in restart] == [1, 2, 3] for restart in restarts)  # those before have ended
+    assert all({name: cache for name, cache, _ in restart} == caches for restart in restarts)
+    assert len({tuple(name for name, *_ in restart) for restart in restarts}) > 2
+    assert FakeArm.alive == 0
+    settings = result["settings"]
+    assert (settings["restarts"], settings["rounds"]) == (6, 3)
+    assert (settings["models"]["few"]["restarts"], settings["models"]["few"]["stopped"]) == (6, "")
+    assert 0.003 < settings["models"]["few"]["deviation"] < 0.04
+    for key, fact in result["arms"].items():
+        assert fact["times"]["restarts"] == [i for i in range(6) for _ in range(3)]
+        assert fact["warm_up"] == {"runs": 36, "stable": True}
+        (figure,) = [f for f in result["figures"] if f["name"] == f"{key} tokens/s"]
+        assert figure["restarts"] == [i for i in range(6) for _ in range(6)]
+    for name, truth in (("textbook", 1.2), ("huggingface", 1.3)):
+        (ratio,) = [ratio for key, ratio in result["speedup"].items() if key.startswith(f"{name}:")]
+        assert ratio["low"] < truth < ratio["high"]
+        assert ratio["high"] / ratio["low"] > 1.01  # a process differs from its own rounds by a tenth of a per cent
+    shown = capsys.readouterr()
+    assert "restart 6 of 6" in shown.err
+    assert re.search(r"3 interleaved rounds in each of 6 processes \(which deviate by \d\.\d %\), commit", shown.out)
+    assert throughput.main(
+        ["few", "--T", "16", "--B", "2", "--restarts", "6", "--rounds", "3", "--peers", "textbook,huggingface",
+         "--screening-steps", "0", "--out", str(tmp_path)]
+    ) == 0  # fmt: skip
+    again = [name for name, *_ in Deviating.started[21:]]
+    assert again == [name for name, *_ in Deviating.started[:21]]  # a seed draws the order
+
+
+def test_a_restart_that_fails_leaves_those_before_it(tmp_path, monkeypatch, capsys, deviating):
+    class Killed(Deviating):
+        def step_ms(self):
+            if len(Deviating.started) > 9 and self.name == "textbook":
+                raise arm.ArmError("textbook ended with status -9 during 'step'")
+            return super().step_ms()
+
+    monkeypatch.setattr(throughput, "ArmProcess", Killed)
+    status, result = run_with(tmp_path, "textbook,huggingface", "--B", "2", "--restarts", "5")
+    assert status == 0
+    said = "restart 3 failed: textbook ended with status -9 during 'step'"
+    model = result["settings"]["models"]["few"]
+    assert (result["settings"]["restarts"], model["restarts"], model["stopped"]) == (5, 2, said)
+    assert all(fact["times"]["restarts"] == [0] * 3 + [1] * 3 for fact in result["arms"].values())
+    assert all(fact["warm_up"]["runs"] == 12 for fact in result["arms"].values())
+    shown = capsys.readouterr()
+    assert f"few has fewer restarts than were asked for: {said}." in shown.out
+    assert f"{said}; the 2 before it are kept" in shown.err
+    monkeypatch.setattr(Deviating, "started", [("", "", 0)] * 7)
+    with pytest.raises(record.RecordError):
+        run_with(tmp_path / "none", "textbook,huggingface", "--B", "2", "--restarts", "5")  # the first one fails
+
+
+@pytest.mark.parametrize("changed", ["losses", "variant"])
+def test_an_arm_that_is_another_one_after_a_restart_is_refused(tmp_path, monkeypatch, capsys, deviating, changed):
+    class Another(Deviating):
+        def start(self, *more):
+            self.again = self.name == "textbook" and any(name == "textbook" for name, *_ in Deviating.started)
+            found = super().start(*more)
+            return found | {"variant": "bf16"} if self.again and changed == "variant" else found
+
+        def losses(self, steps, fp32=False):
+            found = super().losses(steps, fp32)
+            return [*found[:-1], found[-1] + 0.01] if self.again and changed == "losses" else found
+
+        def step_ms(self):
+            raise AssertionError("timed before it was known to be the same")
+
+    monkeypatch.setattr(throughput, "ArmProcess", Another)
+    with pytest.raises(record.RecordError):
+        run_with(tmp_path, "textbook,huggingface", "--B", "2", "--restarts", "2")  # nothing was written
+    shown = capsys.readouterr().err
+    assert "textbook: fp32 false is another one after a restart, so it cannot be timed: " in shown
+    assert ("restarted it 5.81" in shown) == (changed == "losses")
+
+
 @pytest.mark.parametrize(("theirs_ms", "sure"), [(120.0, True), (100.0, False), (80.0, False)])
 def test_the_verdict_is_that_of_the_interval(tmp_path, monkeypatch, capsys, theirs_ms, sure):
     monkeypatch.setattr(throughput, "ArmProcess", FakeArm)
@@ -291,7 +408,9 @@ def test_kernels_that_cannot_be_had_end_it_with_the_reason(tmp_path, monkeypatch
         (["few", "--seed", "-1"], "--seed must be from 0 to 9223372036854775807; it is -1"),
         (["few", "--seed", "9223372036854775808"], "it is 9223372036854775808"),
         (["few", "--peers", "litgtp"], "no peer 'litgtp'; the nearest are litgpt, "),
-        (["few", "--rounds", "1"], "at least 2"),
+        (["few", "--rounds", "1", "--restarts", "1"], "--rounds must be at least 2 with --restarts 1"),
+        (["few", "--rounds", "0"], "--rounds must be at least 1"),
+        (["few", "--restarts", "0"], "--restarts must be at least 1"),
         (["few", "--device", "cuda"], "torch finds no GPU here"),
         (["few", "--out", __file__], "cannot hold a record"),
     ],
@@ -307,8 +426,9 @@ def test_a_wrong_command_line_says_what_there_is(arguments, said, capsys, monkey
 def run_with(tmp_path, names, *more):
     """The command with these peers, compared by fakes; its record."""
     status = throughput.main(
-        ["few", "--T", "16", "--rounds", "3", "--peers", names, "--screening-steps", "0", "--out", str(tmp_path), *more]
-    )
+        ["few", "--T", "16", "--restarts", "1", "--rounds", "3", "--peers", names, "--screening-steps", "0",
+         "--out", str(tmp_path), *more]
+    )  # fmt: skip
     return status, record.read(tmp_path / "throughput_few_T16_B2.json")
 
 
@@ -429,7 +549,8 @@ def test_a_peer_that_is_not_required_says_why_not_and_is_left_out(tmp_path, caps
 
 def test_a_required_peer_of_which_no_variant_runs_is_status_1(tmp_path, capsys, monkeypatch, all_installed):
     monkeypatch.setattr(huggingface, "variants", lambda device: [peers.Variant(compile="no such mode")])
-    argv = ["few", "--T", "16", "--B", "2", "--rounds", "2", "--screening-steps", "1", "--out", str(tmp_path)]
+    argv = ["few", "--T", "16", "--B", "2", "--restarts", "1", "--rounds", "2", "--screening-steps", "1"]
+    argv += ["--out", str(tmp_path)]
     monkeypatch.setattr(textbook, "variants", lambda device: [peers.Variant()])
     assert throughput.main([*argv, "--peers", "textbook,huggingface"]) == 1
     assert "huggingface gave no figure: no variant of it runs here: this mode does not exist" in capsys.readouterr().err

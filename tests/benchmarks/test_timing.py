@@ -70,6 +70,92 @@ def test_the_interval_of_few_rounds_is_as_wide_as_it_has_to_be(rounds):
     assert 0.88 <= covered <= 0.99  # nominal 0.95; 400 trials have a standard error of 0.011
 
 
+class Restarted:
+    """Arms whose every process is faster or slower than their truth for as long as it lives."""
+
+    def __init__(self, seed, deviation=0.02, fast_or_slow=False):
+        self.machine, self.deviation, self.fast_or_slow = Machine(seed), deviation, fast_or_slow
+
+    def process(self, ms):
+        drawn = self.machine.random.choice((-1.0, 1.0)) if self.fast_or_slow else self.machine.random.normal()
+        return self.machine.arm(ms * numpy.exp(self.deviation * drawn))
+
+    def times(self, restarts, rounds, **ms):
+        """The timings of every arm in ``restarts`` processes of ``rounds`` rounds."""
+        parts = [timing.interleave({n: self.process(x) for n, x in ms.items()}, rounds) for _ in range(restarts)]
+        return {name: timing.joined([part[name] for part in parts]) for name in ms}
+
+
+def covered(found, truth):
+    return sum(f.low <= truth <= f.high for f in found) / len(found)
+
+
+@pytest.mark.parametrize("fast_or_slow", [False, True])
+@pytest.mark.parametrize("restarts", [2, 3, 5, 8])
+def test_the_interval_over_restarts_covers_a_true_ratio_where_processes_differ(restarts, fast_or_slow):
+    """Two processes of one program differ by 2.8 % here, more than their rounds do."""
+    found = []
+    for seed in range(7000, 7400):
+        taken = Restarted(seed, fast_or_slow=fast_or_slow).times(restarts, 4, a=100.0, b=120.0)
+        found.append(timing.speedup(taken["a"], taken["b"]))
+    assert 0.92 <= covered(found, 1.2) <= 0.985  # nominal 0.95; 400 trials have a standard error of 0.011
+    assert abs(numpy.median([f.median for f in found]) - 1.2) < 0.006
+
+
+def test_an_interval_of_one_process_or_of_all_rounds_as_if_they_were_of_one_does_not_cover_it():
+    single, pooled = [], []
+    for seed in range(7000, 7060):
+        one, five = (Restarted(seed).times(*shape, a=100.0, b=120.0) for shape in ((1, 10), (5, 4)))
+        single.append(timing.speedup(one["a"], one["b"]))
+        pooled.append(timing.speedup(*(timing.Samples(five[name].rounds) for name in "ab")))
+    assert covered(single, 1.2) < 0.6
+    assert covered(pooled, 1.2) < 0.85
+
+
+def test_a_difference_is_found_over_restarts_and_none_in_processes_that_differ():
+    found = [Restarted(seed).times(5, 4, a=100.0, b=112.0) for seed in range(8000, 8200)]
+    assert sum(timing.speedup(f["a"], f["b"]).low > 1.0 for f in found) >= 190
+    equal = [Restarted(seed).times(5, 4, a=100.0, b=100.0) for seed in range(8200, 8600)]
+    ratios = [timing.speedup(f["a"], f["b"]) for f in equal]
+    assert sum(r.low > 1.0 or r.high < 1.0 for r in ratios) <= 0.09 * len(ratios)  # nominal 0.05
+
+
+def test_a_slow_restart_of_all_arms_is_no_deviation_between_processes():
+    def one(seed, slow):
+        machine = Restarted(seed)
+        parts = []
+        for restart in range(5):
+            scale = 1.0 + slow * restart
+            arms = {name: machine.process(ms * scale) for name, ms in (("a", 100.0), ("b", 120.0), ("c", 50.0))}
+            parts.append(timing.interleave(arms, 4))
+        return [timing.joined([part[name] for part in parts]) for name in "abc"]
+
+    steady = [timing.restart_deviation(one(seed, 0.0)) for seed in range(100)]
+    slower = [timing.restart_deviation(one(seed, 0.1)) for seed in range(100)]
+    assert slower == pytest.approx(steady, rel=0.3)
+    # √(0.02² + what noise of 1 % adds to a median of four sums of two)
+    assert numpy.mean(steady) == pytest.approx(0.0205, rel=0.1)
+    a, b, _ = one(0, 0.0)
+    assert timing.restart_deviation([a]) is None
+    assert timing.restart_deviation([timing.Samples(a.rounds), timing.Samples(b.rounds)]) is None
+
+
+def test_restarts_are_kept_with_their_rounds():
+    taken = Restarted(1).times(3, 2, a=100.0, b=100.0)
+    assert taken["a"].restarts == (0, 0, 1, 1, 2, 2)
+    assert taken["a"].to_json()["restarts"] == [0, 0, 1, 1, 2, 2]
+    assert "restarts" not in timing.Samples(((1.0, 1.0),)).to_json()
+    assert timing.by_restart([1.0, 3.0, 8.0, 5.0], [0, 0, 1, 1]) == [2.0, 6.5]
+    with pytest.raises(ValueError, match="restarts"):
+        timing.Samples(((1.0, 1.0),), (0, 1))
+    with pytest.raises(ValueError, match="restart both"):
+        timing.speedup(taken["a"], timing.Samples(taken["b"].rounds))
+    with pytest.raises(ValueError, match="at least two restarts"):
+        timing.over_restarts([1.0])
+    with pytest.raises(ValueError, match="positive"):
+        timing.over_restarts([1.0, 0.0])
+
+
 def test_the_interval_of_positive_values_stays_positive():
     two = timing.bootstrap_median_of_positive([100.0, 110.0])
     assert 0.0 < two.low < 100.0

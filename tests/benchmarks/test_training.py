@@ -153,7 +153,12 @@ def test_an_op_that_torch_cannot_count_gives_no_hfu_and_fails_the_run(planted, q
     assert "planted_by_test.product" in check["detail"]
     assert result["model"]["flops_per_token_done"] is None
     assert not any(name.startswith("HFU") for name in figures(result))
+    shown = training.summary(result)  # of what is wrong no speed is shown
+    assert "FAILED: FLOPs that are done were counted" in shown
+    assert "tokens/s" not in shown and "MFU" not in shown and "ms" not in shown.split()
+    check["ok"] = True
     assert "not counted" in training.summary(result)
+    assert f"tokens/s            {figures(result)['tokens/s']['value']:,.0f}" in training.summary(result)
     for stable in (True, False):
         result["warm_up"]["stable"] = stable
         assert ("NOT SETTLED" in training.summary(result)) != stable
