@@ -286,6 +286,18 @@ def test_what_hung_in_one_stage_hangs_in_no_other(bench, tmp_path, monkeypatch):
     assert [(line["value"], line["unit"]) for line in lines] == [("crashed in the contract", "left out")]
 
 
+@pytest.mark.parametrize("stage", ["contract", "contract_fp32"])
+def test_a_contract_whose_time_ran_out_has_not_failed(bench, tmp_path, monkeypatch, capsys, stage):
+    """Nothing is red, and nothing is shown either."""
+    monkeypatch.setattr(OPS["gelu"], "backends", lambda: ["reference", "wrong"])
+    with pytest.raises(SystemExit) as stop:
+        gpu_tritium.contract_on_device(bench(stage, end=time.monotonic()))
+    assert stop.value.code == stages.OUT_OF_TIME
+    assert "the contract: no time left, 2 not run and none of them red" in capsys.readouterr().err
+    lines = [line for line in stages.read_lines(tmp_path / f"{stage}.jsonl") if "backend" in line]
+    assert [(line["value"], line["reason"]) for line in lines] == [("not run", "no time left")] * 2
+
+
 def test_what_an_earlier_run_found_red_counts_until_the_source_changes_or_it_passes(bench, tmp_path):
     known = {"digest": gpu_tritium.source_of("gelu", "reference"), "oracle": gpu_records.oracle_digest("gelu"), **FACTS}
     line = RED | known | {"backend": "reference", "stage": "contract", "name": "a", "value": "crashed"}
@@ -338,6 +350,26 @@ def test_a_record_counts_only_for_the_source_the_versions_and_the_device_it_was_
     assert earlier.line(line["name"], known).path == failed
     assert gpu_records.Earlier(tmp_path / "nowhere").line(line["name"], {}) is None
     assert gpu_records.Earlier(None).files == {}
+
+
+def test_a_stage_that_left_a_backend_out_is_not_recorded(bench, tmp_path, monkeypatch):
+    """It ended well, but of what it left out it has no figure; what the model does not call is no loss."""
+    end = {"stage": "contract", "name": "end", "value": "ok", "unit": "status", **FACTS}
+    unused = {"stage": "contract", "name": "swiglu=reference", "value": "not called", "unit": "left out"}
+    path = kept(tmp_path, "1", unused, end)
+    assert gpu_records.Earlier(tmp_path).stage("contract", FACTS) == path
+    written(tmp_path, "contract", RED | {"name": "a", "value": "hung", "backend": "wrong"})
+    monkeypatch.setitem(
+        OPS["gelu"]._loaded, "wrong", Backend("gelu", "wrong", OPS["gelu"].reference, sys.modules[__name__])
+    )
+    made = bench("training")
+    gpu_tritium.sound(made, presets.load("gpt2_124m").replace(kernels={"gelu": "wrong"}))
+    (left_out,) = stages.read_lines(tmp_path / "training.jsonl")
+    assert (left_out["name"], left_out["unit"]) == ("gelu.wrong", "left out")
+    kept(tmp_path, "2", left_out, end)
+    assert gpu_records.Earlier(tmp_path).stage("contract", FACTS) == path  # the one before had it
+    path.unlink()
+    assert gpu_records.Earlier(tmp_path).stage("contract", FACTS) is None
 
 
 def test_digests_follow_the_source(tmp_path):

@@ -100,6 +100,58 @@ def test_a_backend_that_fails_at_a_size_costs_the_others_nothing(monkeypatch, tm
     assert [c["name"] for c in result["checks"] if not c["ok"]] == ["gelu.planted runs what it does not refuse"]
 
 
+def test_what_is_being_done_is_said_as_it_is_done(monkeypatch, tmp_path, capsys):
+    """On stderr, so that --json's stdout is a record alone; a contract that holds for minutes has its own line."""
+    monkeypatch.setattr(OP, "backends", lambda: ["reference", "planted"])
+    monkeypatch.setitem(OP._loaded, "planted", planted(1.0))
+    words = ["gelu", "--cases", "odd", "--rounds", "2", "--device", "cpu", "--json", "--out", str(tmp_path / "r.json")]
+    assert kernels.main(words) == 0
+    shown = capsys.readouterr()
+    small = len([case for case in OP.cases.CASES if not case.large])
+    said = [line for line in shown.err.splitlines() if line.startswith("gelu")]
+    wanted = [
+        "gelu fp32, 1 of 1: a copy and a product, that rates are parts of",
+        f"gelu.planted float32: its contract, {small} cases",
+        "gelu odd fp32: inputs",
+        "gelu.reference odd fp32 forward: warm-up",
+        "gelu.planted odd fp32 forward: warm-up",
+        "gelu odd fp32 forward: 2 rounds of reference, planted",
+        "gelu.reference odd fp32 forward+backward: warm-up",
+        "gelu.planted odd fp32 forward+backward: warm-up",
+        "gelu odd fp32 forward+backward: 2 rounds of reference, planted",
+    ]
+    assert [line for line in said if line in wanted] == wanted
+    assert json.loads(shown.out)["kind"] == "kernels"
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_ctrl_c_keeps_the_ops_that_are_done(monkeypatch, tmp_path, capsys, done):
+    """In a record of their own: one of all ops, from before, stays."""
+    ran, bench = [], kernels.bench_ops
+
+    def stops(request, *more):
+        if len(ran) == done:
+            raise KeyboardInterrupt
+        ran.append(request.ops[0].name)
+        return bench(request, *more)
+
+    monkeypatch.setattr(kernels, "bench_ops", stops)
+    path, words = tmp_path / "record.json", ["--backends", "reference", "--cases", "odd", "--rounds", "2"]
+    path.write_text("the one before")
+    assert kernels.main(["gelu", "relu2", "layer_norm", *words, "--device", "cpu", "--out", str(path)]) == 130
+    assert path.read_text() == "the one before"
+    kept = tmp_path / "record_stopped.json"
+    assert kept.exists() == bool(done)
+    if not done:
+        assert "stopped by Ctrl-C before the first op was done; nothing is written" in capsys.readouterr().err
+        return
+    result = record.read(kept)
+    assert f"written: {kept}" in capsys.readouterr().out
+    assert [row["op"] for row in result["rows"]] == [op for op in ("gelu", "relu2")[:done] for _ in range(2)]
+    left = ["gelu", "relu2", "layer_norm"][done:]
+    assert result["refused"] == [{"op": op, "backend": "*", "why": "stopped by Ctrl-C (fp32)"} for op in left]
+
+
 @pytest.mark.parametrize(("out", "said"), [(".", "is a folder; name a file"), ("file/a.json", "cannot hold a record")])
 def test_an_out_that_cannot_be_written_is_said_before_anything_is_timed(monkeypatch, tmp_path, capsys, out, said):
     (tmp_path / "file").write_text("")

@@ -156,6 +156,30 @@ def test_what_the_engine_lacks_is_not_built_yet_until_it_has_it(climb, monkeypat
     assert ladder.FP8.why_not() == "the engine has no train.precision yet"
 
 
+@pytest.mark.parametrize(("capability", "lacks"), [((8, 0), True), ((8, 6), True), ((8, 9), False), ((10, 0), False)])
+def test_on_a_gpu_fp8_needs_one_that_multiplies_it(climb, monkeypatch, capability, lacks):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert ladder.GRAPHS.why_not_on("cuda") is None
+    assert ladder.EAGER.why_not_on("cuda") is None
+    said = f"this GPU's compute capability is {capability[0]}.{capability[1]}, and 8.9 is needed"
+    assert ladder.FP8.why_not_on("cuda") == (said if lacks else None)
+    size = ladder.Size(
+        presets.load("gpt2_124m"), 64, 2, "cuda", 4, 0, "auto", "bf16", 1e12,
+        {ladder.FP8.name: ladder.empty_cell("gpt2_124m", ladder.FP8)},
+    )  # fmt: skip
+    arm = FakeArm(1.0, SAME, ("start", "it was begun"))
+    monkeypatch.setattr(ladder, "ArmProcess", lambda *a: arm)
+    size.fill([ladder.FP8])
+    cell = size.cells[ladder.FP8.name]
+    assert (cell["status"], cell["reason"]) == (("needs another GPU", said) if lacks else ("failed", "it was begun"))
+
+
+def test_rungs_below_cuda_graphs_have_none_whatever_auto_means():
+    base = presets.load("gpt2_124m")
+    found = [ladder.cell_config(base, column, "auto", "bf16").train.cuda_graphs for column in ladder.COLUMNS.values()]
+    assert found == ["false", "false", "false", "true", "true"]
+
+
 def test_fp8_has_a_configuration():
     base = presets.load("gpt2_124m")
     config = ladder.cell_config(base, ladder.FP8, "triton", "bf16")

@@ -293,7 +293,7 @@ def test_what_was_not_measured_is_unrun(tmp_path):
     page = page_of(tmp_path)
     machine = report.machine_name(train()["machine"])
     assert page.row("preset", machine) == ["preset", machine, "a GPU"]
-    assert page.row("tiny", "5,000 at T=64, B=4")[2] == "unrun"
+    assert page.row("tiny", "5,000 at T=64, B=4 (float32, compiled)")[2] == "unrun"
     assert page.row("gpt2_1558m") == ["gpt2_1558m", "unrun", "unrun"]
     assert page.text.count("Unrun.") == 6  # goals, peers, ladder, kernels, ablations, make gpu
     for goal in gpu_table.TRAINING_GOALS:
@@ -306,13 +306,55 @@ def test_the_newest_measurement_is_the_one_in_front(tmp_path):
     old["figures"][0] = record.figure("tokens/s", "tokens/s", "higher", [9000.0, 9000.0])
     put(tmp_path, {"a.json": train(), "b.json": old})
     page = page_of(tmp_path)
-    assert page.row("tiny", "5,000 at T=64, B=4")
+    assert page.row("tiny", "5,000 at T=64, B=4 (float32, compiled)")
     assert page.row("tiny", "9,000")[-1] == "2020-01-01 00:00"
 
 
 def test_of_a_ladder_the_fastest_is_the_one_in_front(tmp_path):
     put(tmp_path, {"ladder.json": ladder()})
-    assert page_of(tmp_path).row("gpt2_124m", "151.5 at T=64, B=2")
+    assert page_of(tmp_path).row("gpt2_124m", "151.5 at T=64, B=2 (fp32, eager (compile))")
+
+
+@pytest.mark.parametrize(
+    ("command", "in_front"),
+    [
+        ("tritium bench train tiny --anatomy --T 64 --data.folder d", True),
+        ("tritium bench train tiny --train.recompute full", False),
+        ("tritium bench train tiny --model.n_layer=2", False),
+        ("tritium bench peers tiny --kernels reference", False),
+    ],
+)
+def test_what_is_not_the_preset_as_it_is_does_not_take_its_place(tmp_path, command, in_front):
+    """It is newer and faster, as is a rung of the ladder; where there is nothing else it stands there by its name."""
+    other = train(date="2030-01-01T00:00:00+00:00", command=command)
+    other["figures"][0] = record.figure("tokens/s", "tokens/s", "higher", [9000.0, 9000.0])
+    rung = ladder(date="2031-01-01T00:00:00+00:00")
+    rung["settings"]["presets"]["tiny"] = {"T": 64, "B": 1}
+    rung["cells"].append(rung["cells"][1] | {"preset": "tiny"})
+    put(tmp_path, {"a.json": train(), "b.json": other, "c.json": rung})
+    wanted = "9,000" if in_front else "5,000"
+    assert page_of(tmp_path).row("tiny", f"{wanted} at T=64, B=4 (float32, compiled)")
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).unlink()
+    assert page_of(tmp_path).row("tiny", "151.5 at T=64, B=1 (fp32, eager (compile))")
+
+
+def test_a_peers_parts_do_not_take_the_place_of_the_preset_s(tmp_path):
+    data = throughput()
+    arms = {key: arm for key, arm in data["arms"].items() if arm["peer"] == "tritium"}
+    own, other = (
+        next(key for key, arm in arms.items() if bool(data["settings"]["models"][arm["model"]]["changed"]) == changed)
+        for changed in (False, True)
+    )
+    for figure in data["figures"]:
+        if figure["name"] == f"{other} tokens/s":
+            figure |= record.figure(figure["name"], "tokens/s", "higher", [1e6, 1e6])
+    put(tmp_path, {"a.json": data})
+    found = {(s.tokens_per_s, s.as_it_is, s.what) for s in report.speeds(report.search(tmp_path))}
+    changed = data["settings"]["models"][arms[other]["model"]]["changed"]
+    assert (1e6, False, f"{arms[other]['variant']}, {changed}") in found
+    shown = f"{report.number(data['arms'][own]['tokens_per_s'])} at T=256, B=2 ({arms[own]['variant']})"
+    assert page_of(tmp_path).row(data["preset"], shown)
 
 
 def test_a_red_check_is_loud_and_the_speed_withheld(tmp_path):
@@ -574,7 +616,7 @@ def test_the_stages_of_make_gpu_are_shown(tmp_path):
     )  # fmt: skip
     page = page_of(tmp_path)
     assert page.row("preset", "A GPU of ours")
-    assert page.row("gpt2_124m", "98,765 at T=1024, B=32")
+    assert page.row("gpt2_124m", "98,765 at T=1024, B=32 (tritium --kernels=auto)")
     assert page.row("gpt2_124m", "98,765")[8] == "20.00 GiB"
     assert page.row("layer_norm.gemm") == [
         "layer_norm.gemm", "1.250", "GB/s", "over_reference 1.100 × [1.050, 1.150], p50_ms 0.5000",

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 
 import pytest
@@ -110,6 +111,55 @@ def test_what_has_no_time_left_or_is_recorded_is_not_begun_and_says_so(tmp_path)
     assert [line["value"] for line in ends.values()] == ["not run", "ok", "recorded"]
     assert ends["short"]["device"] == "D"
     assert ends["known"]["detail"] == "recorded already: FILE"
+
+
+def test_a_stage_that_only_ran_out_of_time_has_not_failed(tmp_path):
+    late = f"import sys; print('no time left, 3 not run', file=sys.stderr); sys.exit({stages.OUT_OF_TIME})"
+    (outcome,) = run(tmp_path, planted(tmp_path, "late", late))
+    assert (outcome.status, outcome.detail) == ("time limit", "no time left, 3 not run")
+
+
+HOLDS = """
+import pathlib, sys, tempfile, time
+from tritium.benchmarks import stages
+@stages.ended_by_signals()
+def main():
+    with tempfile.TemporaryDirectory(prefix="tritium-bench-", dir=sys.argv[1]):
+        pathlib.Path(sys.argv[1], "begun").touch()
+        time.sleep(600)
+main()
+"""
+
+
+def test_what_is_ended_removes_its_temporary_folder(tmp_path):
+    """By SIGTERM, or as a stage that reached its limit."""
+    place = tmp_path / "temporary"
+    place.mkdir()
+    process = subprocess.Popen([sys.executable, "-P", "-c", HOLDS, str(place)], stderr=subprocess.PIPE, text=True)
+    while not (place / "begun").exists():
+        time.sleep(0.05)
+    process.terminate()
+    assert "KeyboardInterrupt: stopped by SIGTERM" in process.communicate(timeout=60)[1]
+    (place / "begun").unlink()
+    assert list(place.iterdir()) == []
+    out = tmp_path / "out"
+    limit = stages.Stage("held", 5.0, (sys.executable, "-P", "-c", HOLDS, str(place)))
+    (outcome,) = run(out, limit)
+    assert outcome.status == "time limit"
+    assert [path.name for path in place.iterdir()] == ["begun"]
+
+
+def test_handlers_of_signals_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM"), stages.ended_by_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) == before
+    ran = []
+    thread = threading.Thread(target=stages.ended_by_signals()(lambda: ran.append(1)))
+    thread.start()
+    thread.join()
+    assert ran == [1]
 
 
 def test_ctrl_c_ends_the_stage_and_leaves_the_rest(tmp_path):

@@ -34,6 +34,20 @@ def test_help_and_mistakes_load_no_torch():
     assert done.stdout.rstrip().endswith("HEAVY set()")
 
 
+def test_without_tyro_flags_cannot_be_read_and_it_says_what_to_do():
+    """A bare Python that has torch alone; what needs no flags works."""
+    code = (
+        "import sys; sys.modules['tyro'] = None\n"
+        "from tritium.engine import cli\n"
+        "print(cli.main(['--help']), cli.main(['bench', 'report', '--help']), cli.main(['kernels']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "0 0 1"
+    assert f"tritium kernels: flags are read by the package tyro, which {sys.executable} does not have" in done.stderr
+    assert "-m pip install tyro" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_overview_names_every_verb(tritium):
     status, out, _ = tritium("--help")
     assert status == 0
