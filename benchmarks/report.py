@@ -300,10 +300,11 @@ def _speeds(entry: Entry) -> list[Speed]:
 
     if kind == "train":
         mode = "compiled" if data["compilation"]["compiled"] else "eager"
+        dtype = {"bfloat16": "bf16", "float32": "fp32"}.get(data["dtype"], data["dtype"])
         over, figure = data["step_over_own"], _figure(entry, "tokens/s")
         return [
             speed(
-                data["preset"], data["settings"], f"{data['dtype']}, {mode}", as_it_is(data),
+                data["preset"], data["settings"], f"{dtype}, {mode}", as_it_is(data),
                 figure["value"], interval(figure),
                 *(_value(entry.figure(f"MFU, {full} of measured matmul")) for full in ("full", "causal")),
                 Cell("{median:.3f} [{low:.3f}, {high:.3f}]".format(**over), over["median"]),
@@ -452,9 +453,12 @@ def peers(entry: Entry) -> Section:
             Cell(f"{arm['startup_s']:.1f}", arm["startup_s"]),
             _bytes(arm["peak_bytes"]),
         ])  # fmt: skip
-    rows += [
-        [Cell(name), UNRUN, NOTHING, NOTHING, NOTHING, Cell(why)] for name, why in sorted(data["peers_absent"].items())
-    ]
+    absent = [[Cell(name), UNRUN, Cell(why)] for name, why in sorted(data["peers_absent"].items())]
+    models = s.get("models") or {data["preset"]: {}}
+    how = []
+    for model, about in models.items():
+        stopped = f"; {about['stopped']}" if about.get("stopped") else ""
+        how.append(Text(f"{model}: {timing.how_taken(s['rounds'], about)}{stopped}."))
     heads = [
         "training step",
         "tokens/s",
@@ -465,7 +469,10 @@ def peers(entry: Entry) -> Section:
     ]
     return _measured(
         f"{data['preset']}, T={s['T']}, B={s['B']}", entry,
-        [Bars(bars, about="tokens/s with 95 % intervals"), Table(heads, rows)],
+        [
+            Bars(bars, about="tokens/s with 95 % intervals"), Table(heads, rows), *how,
+            *([Table(["peer", "", "why"], absent)] if absent else []),
+        ],
     )  # fmt: skip
 
 
@@ -501,8 +508,8 @@ def kernels(entry: Entry) -> Section:
         over, of = row["over_reference"], row.get("of_bound")
         rows.append([
             Cell(row["op"]), Cell(row["backend"] + " compiled" * bool(row["compiled"])), Cell(row["case"]),
-            Cell(row["dtype"]), Cell(row["what"]), Cell(f"{row['p50_ms']:.4f}", row["p50_ms"]),
-            Cell(f"[{row['p20_ms']:.4f}, {row['p80_ms']:.4f}]"), Cell(number(row["gb_per_s"]), row["gb_per_s"]),
+            Cell(row["dtype"]), Cell(row["what"]), Cell(number(row["p50_ms"]), row["p50_ms"]),
+            Cell(f"[{number(row['p20_ms'])}, {number(row['p80_ms'])}]"), Cell(number(row["gb_per_s"]), row["gb_per_s"]),
             Cell(number(row["tflop_per_s"]), row["tflop_per_s"]),
             NOTHING if of is None else Cell(f"{100 * of:.0f} %", of, bar=of), Cell(row.get("bound_by", "–")),
             NOTHING if over is None else Cell(_ratio(over), over["median"]),
@@ -519,7 +526,8 @@ def kernels(entry: Entry) -> Section:
         blocks.append(Table(["backend", "", "why"], unrun, "backends that could not run", folded=12))
     if missing:
         blocks.append(Text(f"Unrun in this record: {', '.join(missing)}."))
-    return _measured(f"Kernels on {entry.machine}", entry, blocks)
+    some = ", ".join(sorted(timed)) if len(timed) <= 4 else f"{len(timed)} ops"
+    return _measured(f"{some or 'Kernels'} on {entry.machine}", entry, blocks)
 
 
 def ops() -> list[str]:
@@ -565,9 +573,10 @@ def ladder(entry: Entry) -> Section:
     """A ladder record: presets by what was added; what has no figure says why."""
     cells = {(cell["preset"], cell["column"]): cell for cell in entry.data["cells"]}
     columns = list(dict.fromkeys(column for _, column in cells))
-    rows, bars, why = [], [], []
+    rows, drawn, why = [], [], []
     for preset, shape in entry.data["settings"]["presets"].items():
         row = [Cell(f"{preset}, T={shape['T']}, B={shape['B']}")]
+        bars = []  # of a size: another's would be out of scale
         for column in columns:
             cell = cells.get((preset, column))
             if cell is None or cell["status"] != "ok":
@@ -580,10 +589,11 @@ def ladder(entry: Entry) -> Section:
             row.append(Cell(number(ci["median"]) + more, ci["median"]))
             bars.append(Bar(f"{preset}, {column}", ci["median"], ci["low"], ci["high"], number(ci["median"]), "ours"))
         rows.append(row)
+        drawn += [Bars(bars)] if bars else []
     blocks: list[Block] = [
-        Bars(bars, about="tokens/s with 95 % intervals; in brackets below: over the first column"),
+        *drawn, Text("Tokens/s with 95 % intervals, each size to its own scale; in brackets: over the first column."),
         Table(["preset", *columns], rows),
-    ]
+    ]  # fmt: skip
     if why:
         blocks.append(Table(["preset", "column", "why there is no figure"], why, "cells without a figure"))
     return _measured(f"tokens/s on {entry.machine}", entry, blocks)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from markupsafe import Markup, escape
 
 SHORT = 22  # a cell of so many letters is not broken into lines
+SHORT_NUMBER = 34  # the same of a number with its interval
 COLOURS = 14  # of the parts of a stack; there are as many in the style
 
 
@@ -153,7 +154,7 @@ STYLE = """
 --ours:#5b9bff;--other:#5d6b80;--better:#3fb97b;--worse:#ef6a5b;--none:#5d6b80;--whisker:#e4e8ef;--band:#262d39;
 --red-ground:#3a1714;--red:#ffa79d;--link:#82b4ff;--c9:#8595ab;--c12:#6f7b8c;--c13:#4a5463}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:76rem;padding:1.5rem 1.25rem 4rem;background:var(--ground);color:var(--text);
+body{margin:0 auto;max-width:96rem;padding:1.5rem 1.25rem 4rem;background:var(--ground);color:var(--text);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;overflow-wrap:break-word}
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 .4rem}h2{font-size:1.3rem;margin:2.6rem 0 .6rem;padding-top:.8rem;
 border-top:1px solid var(--line)}h3{font-size:1.02rem;margin:1.6rem 0 .4rem}p{margin:.5rem 0;max-width:60rem}
@@ -163,7 +164,11 @@ code{background:var(--panel);border-radius:3px;padding:.1rem .3rem;font:13px/1.4
 overflow-wrap:anywhere}
 .loud{background:var(--red-ground);color:var(--red);border-left:4px solid var(--red);padding:.55rem .8rem;
 font-weight:600;overflow-wrap:anywhere;max-width:none}
-.wide{overflow-x:auto;margin:.7rem 0}
+/* what is cut at a side shows a shadow there */
+.wide{overflow-x:auto;margin:.7rem 0;background:linear-gradient(to right,var(--ground) 40%,transparent) left/3rem 100%
+no-repeat local,linear-gradient(to left,var(--ground) 40%,transparent) right/3rem 100% no-repeat local,
+linear-gradient(to right,#8888,transparent) left/.8rem 100% no-repeat,
+linear-gradient(to left,#8888,transparent) right/.8rem 100% no-repeat}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{padding:.3rem .75rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 td{max-width:34rem}td.short{white-space:nowrap}th{vertical-align:bottom;max-width:9rem;color:var(--muted);font-weight:600}
@@ -268,8 +273,9 @@ def _cell(cell: Cell, right: bool) -> Markup:
     inside = Markup('<a href="#{}">{}</a>').format(cell.link, cell.text) if cell.link else escape(cell.text)
     if cell.bar is not None:
         inside += Markup('<span class="share" style="width:{}%"></span>').format(_percent(cell.bar))
-    short = len(cell.text) <= SHORT or cell.sort is not None
-    names = [name for name in ("number" * (right and short), "short" * short, cell.kind) if name]
+    number = cell.sort is not None
+    short = len(cell.text) <= (SHORT_NUMBER if number else SHORT)
+    names = [name for name in ("number" * (right and (short or number)), "short" * short, cell.kind) if name]
     value = Markup(' data-v="{}"').format(repr(float(cell.sort))) if cell.sort is not None else ""
     return Markup("<td{}{}>{}</td>").format(_class(" ".join(names)), value, inside)
 

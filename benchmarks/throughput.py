@@ -520,7 +520,7 @@ def table(result: dict[str, Any]) -> str:
         title = f"{model}" + (f" ({about['changed']})" if about["changed"] else "")
         lines += [
             f"**{title}, T={settings['T']}, B={settings['B']}** on {where}; torch {version['torch']}, "
-            f"{_taken(settings['rounds'], about)}, commit {result['commit'][:10]}"
+            f"{timing.how_taken(settings['rounds'], about)}, commit {result['commit'][:10]}"
             f"{' (modified)' if result['dirty'] else ''}: `{result['command']}`",
             "",
             "| training step | tokens/s | tritium is faster by (95 % interval) | start-up, s | peak memory, GiB |",
@@ -535,16 +535,6 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"{name} is void as a baseline: {reason}." for name, reason in _void(result).items()]
     lines += [f"NOT SO: {check['name']} ({check['detail']})." for check in result["checks"] if not check["ok"]]
     return "\n".join(lines).rstrip()
-
-
-def _taken(rounds: int, about: Mapping[str, Any]) -> str:
-    """How a model's arms were timed. A record before version 4 had one process of each arm, and does not say so."""
-    if "restarts" not in about:
-        return f"{rounds} interleaved rounds"
-    if about["restarts"] == 1:
-        return f"{rounds} interleaved rounds in one process of each (so the intervals do not cover another process)"
-    deviation = f" (which deviate by {100 * about['deviation']:.1f} %)" if about["deviation"] is not None else ""
-    return f"{rounds} interleaved rounds in each of {about['restarts']} processes{deviation}"
 
 
 def _row(result: dict[str, Any], key: str, arm: dict[str, Any]) -> str:

@@ -317,6 +317,17 @@ def restart_deviation(samples: Sequence[Samples]) -> float | None:
     return float(numpy.sqrt((rest**2).sum() / ((arms - 1) * (restarts - 1))))
 
 
+def how_taken(rounds: int, about: Mapping[str, Any]) -> str:
+    """In words, how arms were timed. about: "restarts" and "deviation" of a throughput record's model; one from before
+    version 4 had one process of each arm, and does not say so."""
+    if "restarts" not in about:
+        return f"{rounds} interleaved rounds"
+    if about["restarts"] == 1:
+        return f"{rounds} interleaved rounds in one process of each (so the intervals do not cover another process)"
+    deviation = f" (which deviate by {100 * about['deviation']:.1f} %)" if about["deviation"] is not None else ""
+    return f"{rounds} interleaved rounds in each of {about['restarts']} processes{deviation}"
+
+
 def noise(samples: Samples) -> float:
     """How far an arm differs from itself within a round: the median of |log(first run / second run)|, ≈ a fraction."""
     return statistics.median(abs(math.log(a / b)) for a, b in samples.rounds)

@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from tritium.benchmarks import ablate, gpu, gpu_table, kernels, record, report, report_page, training
+from tritium.benchmarks import ablate, compare, gpu, gpu_table, kernels, record, report, report_page, training
 from tritium.benchmarks import ladder as ladders
 from tritium.kernels import aot
 
@@ -234,15 +234,18 @@ def test_every_kind_is_shown_with_its_numbers(tmp_path):
     put(tmp_path, {f"deep/{kind}.json": made() for kind, made in KINDS.items()})
     page = page_of(tmp_path)
     assert page.row("tiny", "5,000")[3:9] == [
-        "T=64, B=4", "float32, compiled", "25.1 %", "–", "1.100 [1.050, 1.150]", "1.00 GiB",
+        "T=64, B=4", "fp32, compiled", "25.1 %", "–", "1.100 [1.050, 1.150]", "1.00 GiB",
     ]  # fmt: skip
     best = throughput()["best_peer"]
     ratio = throughput()["speedup"][best]
     assert f"{ratio['median']:.3f} × [{ratio['low']:.3f}, {ratio['high']:.3f}]" in page.row(best)
+    for name, why in throughput()["peers_absent"].items():
+        assert page.row(name) == [name, "unrun", why]
+    assert "gpt2_124m: 10 interleaved rounds." in page.text
     assert page.row("GEMM") == ["GEMM", "60.00", "60.0 %", "30.00", "50 %"]
     assert page.row("norm", "40.00") == ["norm", "40.00", "40.0 %", "–", "–"]
     assert page.row("layer_norm", "native", "gpt2_124m")[5:] == [
-        "0.0125", "[0.0110, 0.0140]", "12.50", "0.01000", "60 %", "memory", "1.100 × [1.050, 1.150]",
+        "0.01250", "[0.01100, 0.01400]", "12.50", "0.01000", "60 %", "memory", "1.100 × [1.050, 1.150]",
     ]  # fmt: skip
     assert page.row("layer_norm.apex") == ["layer_norm.apex", "unrun", "needs apex"]
     assert page.row("attention=reference")[2] == "-10.0 % [-12.0, -5.0]"
@@ -288,12 +291,29 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
 
 
+def test_of_restarts_the_page_says_how_many_and_what_stopped_them(tmp_path):
+    data = throughput()
+    name = next(iter(data["settings"]["models"]))
+    data["settings"]["models"][name] |= {"restarts": 3, "deviation": 0.0213, "stopped": "restart 4 failed: killed"}
+    for figure in data["figures"]:
+        figure["restarts"] = [i * 3 // len(figure["samples"]) for i in range(len(figure["samples"]))]
+    data["settings"]["rounds"] = 4
+    put(tmp_path, {"a.json": data})
+    page = page_of(tmp_path)
+    said = "4 interleaved rounds in each of 3 processes (which deviate by 2.1 %); restart 4 failed: killed."
+    assert f"{name}: {said}" in page.text
+    figure = data["figures"][0]
+    wanted = compare.median_of(figure["samples"], figure["restarts"])
+    key = figure["name"].removesuffix(" tokens/s")
+    assert page.row(key)[2] == f"[{report.number(wanted.low)}, {report.number(wanted.high)}]"
+
+
 def test_what_was_not_measured_is_unrun(tmp_path):
     put(tmp_path, {"train.json": train()})
     page = page_of(tmp_path)
     machine = report.machine_name(train()["machine"])
     assert page.row("preset", machine) == ["preset", machine, "a GPU"]
-    assert page.row("tiny", "5,000 at T=64, B=4 (float32, compiled)")[2] == "unrun"
+    assert page.row("tiny", "5,000 at T=64, B=4 (fp32, compiled)")[2] == "unrun"
     assert page.row("gpt2_1558m") == ["gpt2_1558m", "unrun", "unrun"]
     assert page.text.count("Unrun.") == 6  # goals, peers, ladder, kernels, ablations, make gpu
     for goal in gpu_table.TRAINING_GOALS:
@@ -306,7 +326,7 @@ def test_the_newest_measurement_is_the_one_in_front(tmp_path):
     old["figures"][0] = record.figure("tokens/s", "tokens/s", "higher", [9000.0, 9000.0])
     put(tmp_path, {"a.json": train(), "b.json": old})
     page = page_of(tmp_path)
-    assert page.row("tiny", "5,000 at T=64, B=4 (float32, compiled)")
+    assert page.row("tiny", "5,000 at T=64, B=4 (fp32, compiled)")
     assert page.row("tiny", "9,000")[-1] == "2020-01-01 00:00"
 
 
@@ -333,7 +353,7 @@ def test_what_is_not_the_preset_as_it_is_does_not_take_its_place(tmp_path, comma
     rung["cells"].append(rung["cells"][1] | {"preset": "tiny"})
     put(tmp_path, {"a.json": train(), "b.json": other, "c.json": rung})
     wanted = "9,000" if in_front else "5,000"
-    assert page_of(tmp_path).row("tiny", f"{wanted} at T=64, B=4 (float32, compiled)")
+    assert page_of(tmp_path).row("tiny", f"{wanted} at T=64, B=4 (fp32, compiled)")
     for name in ("a.json", "b.json"):
         (tmp_path / name).unlink()
     assert page_of(tmp_path).row("tiny", "151.5 at T=64, B=1 (fp32, eager (compile))")
@@ -712,7 +732,7 @@ def test_markdown_replaces_its_own_part_and_nothing_else(tmp_path):
     assert "old" not in inside
     assert "| tiny | **5,000** |" in inside
     assert "| gpt2_124m | *unrun* | *unrun* |" in inside
-    assert "| layer_norm | native | gpt2_124m | fp32 | forward | 0.0125 |" in inside
+    assert "| layer_norm | native | gpt2_124m | fp32 | forward | 0.01250 |" in inside
     page_of(tmp_path, "--markdown", str(page))
     assert page.read_text() == once
 
