@@ -40,36 +40,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(NATIVE)
 train: $(INSTALLED)
 	@$(BIN)/tritium train tiny $(ARGS)
 
-# Triton decides when it is imported whether it interprets, so its interpreter's tests have a process of their own, as
-# have those that put a fake GPU into torch. The interpreter's run beside the rest, for two cores, and their output is
-# shown when all are done.
-PYTEST := $(BIN)/python -P -m pytest
-# with ARGS="-k ..." a part of the tests may have none to run, though not all parts
-CHOSEN := $(if $(strip $(ARGS)),yes)
-define run-tests
-@join() { \
-    if [ $$2 = 5 ] && [ "$(CHOSEN)" ]; then echo $$1; elif [ $$2 != 0 ]; then echo $$2; \
-    elif [ $$1 = 5 ]; then echo 0; else echo $$1; fi; }; \
-  log=$$(mktemp); \
-  ( child=; trap 'kill $$child; exit 130' INT TERM; \
-    one=0; TRITON_INTERPRET=1 $(PYTEST) tests/kernels_interpreted $(1) $(ARGS) & child=$$!; wait $$child || one=$$?; \
-    exit $$one ) > $$log 2>&1 & beside=$$!; \
-  trap "kill $$beside; rm -f $$log; exit 130" INT TERM; \
-  status=0; fake_status=0; beside_status=0; \
-  env -u TRITON_INTERPRET $(PYTEST) tests $(addprefix --ignore=,tests/kernels_interpreted tests/fake_cuda) $(1) $(ARGS) || status=$$?; \
-  env -u TRITON_INTERPRET $(PYTEST) tests/fake_cuda $(1) $(ARGS) || fake_status=$$?; \
-  status=$$(join $$(join 5 $$status) $$fake_status); \
-  wait $$beside || beside_status=$$?; \
-  cat $$log; rm -f $$log; \
-  if [ $$(join $$status $$beside_status) = 0 ]; then echo "$@: passed"; \
-  else echo "$@: FAILED (exit status $$status, and $$beside_status of the tests beside)"; exit 1; fi
-endef
-
 test: $(INSTALLED)
-	$(call run-tests,)
+	@$(BIN)/python -P tests/lanes.py $(ARGS)
 
 test-full: $(INSTALLED)
-	$(call run-tests,-m "not gpu")
+	@$(BIN)/python -P tests/lanes.py --full $(ARGS)
 
 # mypy cannot see through an editable install's map of folders, so it gets the same names as links
 check: $(INSTALLED)
