@@ -16,6 +16,7 @@ import logging
 import os
 import pathlib
 import platform
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -327,10 +328,15 @@ def _write(path: pathlib.Path, content: str | bytes) -> None:
 
 
 def write_whole(path: pathlib.Path, content: str | bytes) -> None:
-    """Replace a small file whole or not at all: a kill leaves the old one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    _write(temporary, content)
-    os.replace(temporary, path)
+    """Replace a small file whole or not at all: a kill leaves the old one. Of several writers at one time each has a
+    temporary file of its own, and the last one's content stays.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        _write(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(path: pathlib.Path) -> None:

@@ -171,3 +171,31 @@ def test_a_small_file_is_replaced_whole(tmp_path):
     checkpoint.write_whole(path, "one")
     checkpoint.write_whole(path, "two")
     assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_a_small_file_do_not_take_each_others(tmp_path, monkeypatch):
+    path, write, inner = tmp_path / "config.json", checkpoint._write, []
+
+    def written(temporary, content):
+        write(temporary, content)
+        if not inner:  # before the first is in place a second one writes
+            inner.append(temporary)
+            checkpoint.write_whole(path, "second")
+            assert path.read_text() == "second"
+
+    monkeypatch.setattr(checkpoint, "_write", written)
+    checkpoint.write_whole(path, "first")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_small_file_that_cannot_be_written_leaves_the_old_one_alone(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    checkpoint.write_whole(path, "one")
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write_whole(path, "two")
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
