@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import io
 import json
 import pathlib
 import platform
 import sys
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,10 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritium.engine import checkpoint
+from tritium.engine import checkpoint, recompute
 from tritium.engine.model import GPT
-from tritium.engine.recompute import ByLayer
 from tritium.kernels import op
+
+# imported by the first compilation, and not by torch
+MODULES = (
+    "torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.compile_fx", "torch._inductor.codecache",
+    "torch._inductor.async_compile",
+)  # fmt: skip
+
+BOTH = ("torch.fx.experimental.symbolic_shapes", "torch.utils.flop_counter", "torch.utils._device")  # by others too
 
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # ids, targets, seq_start → the summed loss
 
@@ -48,9 +57,9 @@ class _Parts:
         self.model = model
         compile = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
         self.parts: dict[str, Any] = {name: compile(getattr(model, name)) for name in self.PARTS}
-        if isinstance(model.run_block, ByLayer):  # the number of a layer is not to be a graph's
+        if isinstance(model.run_block, recompute.ByLayer):  # the number of a layer is not to be a graph's
             ways = {way: compile(way) for way in model.run_block.ways}
-            self.parts["run_block"] = ByLayer([ways[way] for way in model.run_block.ways])
+            self.parts["run_block"] = recompute.ByLayer([ways[way] for way in model.run_block.ways])
 
     def __call__(self, ids: Tensor, targets: Tensor, seq_start: Tensor | None = None) -> Tensor:
         with self._in_place():
@@ -73,7 +82,7 @@ class _Parts:
 def _know_our_sources() -> None:
     """Make the sources of our kernels part of every key of the compiler's caches. It knows a custom op by its name, and
     keeps graphs that hold its traced backward and the shapes its fake promised: those of another version of tritium
-    would be used, and be wrong, without a word.
+    would be used, and be wrong, without a word. Likewise what is recomputed, which it knows by what is to be kept.
     """
     import torch._functorch.config as functorch
 
@@ -87,12 +96,56 @@ def _know_our_sources() -> None:
 
 @functools.cache
 def sources() -> str:
-    """A digest of the Python sources of tritium.kernels."""
-    digest = hashlib.sha256()
+    """A digest of the Python sources of tritium.kernels and of recompute.py."""
+    digest = hashlib.sha256(pathlib.Path(recompute.__file__).read_bytes())
     folder = pathlib.Path(op.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+class Beside:
+    """The compiler, loaded in a thread beside what else a start does (checkpoint, data, weights): its modules, which
+    take as long to import as torch itself, and what ``save_cache`` wrote at ``cache``. on: False does nothing.
+
+    Until ``wait`` returns nobody else may import or use the compiler's modules: two threads that import modules which
+    import each other may see half of one.
+    """
+
+    def __init__(self, on: bool, cache: pathlib.Path | None):
+        self.problem: ValueError | OSError | None = None
+        self.failure: BaseException | None = None
+        self.thread = threading.Thread(target=self._load, args=(cache,), name="compiler") if on else None
+
+    def __enter__(self) -> Beside:
+        if self.thread is not None:
+            for name in BOTH:
+                importlib.import_module(name)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.thread is not None:
+            self.thread.join()
+
+    def _load(self, cache: pathlib.Path | None) -> None:
+        try:
+            for name in MODULES:
+                importlib.import_module(name)
+            if cache is not None:
+                load_cache(cache)
+        except (ValueError, OSError) as error:
+            self.problem = error
+        except BaseException as error:
+            self.failure = error
+
+    def wait(self) -> ValueError | OSError | None:
+        """Returns once all is loaded: what was wrong with ``cache``, if anything. Any other error is raised here."""
+        if self.thread is not None:
+            self.thread.join()
+        if self.failure is not None:
+            raise self.failure
+        return self.problem
 
 
 def save_cache(path: pathlib.Path) -> int:
@@ -106,8 +159,9 @@ def save_cache(path: pathlib.Path) -> int:
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("machine", machine())
         archive.writestr("artifacts", found[0])
-        for file in _libraries():
-            archive.write(file, str(pathlib.PurePath("libraries", file.parent.name, file.name)))
+        archive.writestr("vectors", json.dumps(_vectors()))
+        for kind, file in _libraries():
+            archive.write(file, str(pathlib.PurePath(kind, file.parent.name, file.name)))
     checkpoint.write_whole(path, content.getvalue())
     return len(content.getvalue())
 
@@ -129,14 +183,38 @@ def load_cache(path: pathlib.Path) -> bool:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder = pathlib.Path(cache_dir())
-    artifacts = files.pop("artifacts")
+    artifacts, vectors = files.pop("artifacts"), json.loads(files.pop("vectors", b"[]"))
     for name, content in files.items():
-        _, inner, file = pathlib.PurePath(name).parts  # written above: one folder deep
+        kind, inner, file = pathlib.PurePath(name).parts  # written above
         target = folder / inner / file
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.write_whole(target, content)
+        _know_library(kind, target)
+    _know_vectors(vectors)
     return torch.compiler.load_cache_artifacts(artifacts) is not None
+
+
+def _vectors() -> list[str]:
+    """The vector instruction sets that the compiler has found to work here, by programs that it compiled and ran."""
+    from torch._inductor import cpu_vec_isa
+
+    valid: Any = cpu_vec_isa.valid_vec_isa_list
+    return [str(isa) for isa in valid()] if valid.cache_info().currsize else []
+
+
+def _know_vectors(known: list[str]) -> None:
+    """Spare the compiler most of these programs, each a process, in which it asks for what it knew on this machine
+    before: where every set of instructions that the processor has was found to work.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    if platform.machine() != "x86_64" or not known:
+        return
+    has = cpu_vec_isa.x86_isa_checker()
+    if known == [str(isa) for isa in cpu_vec_isa.supported_vec_isa_list if set(str(isa).split()) <= set(has)]:
+        with config.patch({"cpp.vec_isa_ok": True}):
+            cpu_vec_isa.valid_vec_isa_list()  # which remembers
 
 
 def machine() -> str:
@@ -153,20 +231,37 @@ def machine() -> str:
     return json.dumps([platform.machine(), model, flags, platform.libc_ver(), sys.version, torch.__version__, gpu])
 
 
-def _libraries() -> list[pathlib.Path]:
-    """The C++ libraries of the compiler's cache that this process used; what torch's own artifacts leave out."""
-    from torch._inductor.codecache import CppCodeCache, CppPythonBindingsCodeCache, CppWrapperCodeCache
+KINDS = ("CppCodeCache", "CppPythonBindingsCodeCache", "CppWrapperCodeCache")  # of libraries, in torch's codecache
+
+
+def _libraries() -> list[tuple[str, pathlib.Path]]:
+    """(kind, file) of the C++ libraries of the compiler's cache that this process used; what torch's own artifacts
+    leave out.
+    """
+    from torch._inductor import codecache
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder = pathlib.Path(cache_dir())
-    used = {key for cache in (CppCodeCache, CppPythonBindingsCodeCache, CppWrapperCodeCache) for key in cache.cache}
+    used = {key: kind for kind in KINDS for key in getattr(codecache, kind).cache}
     found = []
     for file in folder.glob("*/*.so"):
-        if file.name.partition(".")[0] in used:
-            found.append(file)
+        if kind := used.get(file.name.partition(".")[0]):
+            found.append((kind, file))
         elif ".main." not in file.name:  # programs that ask what the processor and the compiler can do
             with contextlib.suppress(OSError):
                 head = file.with_suffix(".cpp").read_text()
                 if "_chk_kernel" in head or "CPU_CAPABILITY" in head:
-                    found.append(file)
+                    found.append(("asking", file))
     return found
+
+
+def _know_library(kind: str, path: pathlib.Path) -> None:
+    """Give the compiler this library as one that it has compiled. It would find the file; but before it looks, it
+    precompiles the header that it would compile with (some 10 s and 150 MB where that is not there yet).
+    """
+    from torch._inductor import codecache
+
+    key = path.name.partition(".")[0]
+    if kind in KINDS:
+        cache = getattr(codecache, kind)
+        cache.cache.setdefault(key, functools.cache(functools.partial(cache._load_library, str(path), key)))

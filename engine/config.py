@@ -368,8 +368,10 @@ class Config:
             return None
         return int(first), int(last)
 
-    def problems(self, world_size: int = 1) -> list[str]:
-        """Every reason why this cannot run, as sentences; empty when it can."""
+    def problems(self, world_size: int = 1, device: str = "") -> list[str]:
+        """Every reason why this cannot run, as sentences; empty when it can. device: "cpu" or "cuda", where it is known
+        what train.device=auto comes to.
+        """
         t, o, d = self.train, self.optim, self.data
         found = self.model.problems() + self.kernels.problems()
         for section, name, low in (
@@ -405,6 +407,8 @@ class Config:
                 f"train.batch_rows={t.batch_rows} must be a multiple of {rows}{world_size} process(es) = {share}, "
                 f"or the last micro-batch would be short; use e.g. --train.batch_rows {near}"
             )
+        if t.cuda_graphs == "true" and (device or t.device) == "cpu":
+            found.append(graphs_need_a_gpu("cpu"))
         if t.cuda_graphs == "true" and t.recompute != "none" and self.model.dropout > 0.0:
             found.append(
                 f"train.cuda_graphs=true with train.recompute={t.recompute} and model.dropout={self.model.dropout}: a "
@@ -438,9 +442,9 @@ class Config:
                     chosen[f"{pattern}:linear_cross_entropy"] = f"fp8_{self.train.fp8_recipe}"
         return chosen | self.kernels.choices()
 
-    def check(self, world_size: int = 1) -> None:
-        """Raise ConfigError with every problem."""
-        found = self.problems(world_size)
+    def check(self, world_size: int = 1, device: str = "") -> None:
+        """Raise ConfigError with every problem; arguments as those of ``problems``."""
+        found = self.problems(world_size, device)
         if found:
             raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {p}" for p in found))
 
@@ -489,6 +493,13 @@ def _build(kind: type, values: dict[str, Any]) -> Any:
         for name, value in values.items()
     }
     return kind(**built)
+
+
+def graphs_need_a_gpu(device: str) -> str:
+    """What is wrong with train.cuda_graphs=true on any other device."""
+    return (
+        f"train.cuda_graphs=true captures the work of a GPU and this run is on {device}; use --train.cuda_graphs auto"
+    )
 
 
 def data_folder(config: Config) -> pathlib.Path:

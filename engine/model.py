@@ -254,14 +254,14 @@ class GPT(nn.Module):
 
     documents: forward will be given ``seq_start``; a fact for the attention backends, which may not all serve it.
     compute_dtype: dtype of the residual stream and, once engine/precision.py has converted them, of
-    ``compute_parameters()``.
+    ``compute_parameters()``. fill: without it weights are what memory happens to hold, for who loads all of them.
     """
 
     blocks: Sequence[Block]
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: GPTConfig, documents: bool = False):
+    def __init__(self, config: GPTConfig, documents: bool = False, fill: bool = True):
         super().__init__()
         problems = config.problems()
         if config.vocab_size == 0:
@@ -283,7 +283,10 @@ class GPT(nn.Module):
             half = int(config.head_width * config.rope_fraction) // 2
             self.register_buffer("cos", torch.empty(config.block_size, half, dtype=torch.float32), persistent=False)
             self.register_buffer("sin", torch.empty(config.block_size, half, dtype=torch.float32), persistent=False)
-        self.init_weights()
+        if fill:
+            self.init_weights()
+        else:
+            self._fill_rotation()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -316,12 +319,17 @@ class GPT(nn.Module):
             self.head.weight.normal_(0.0, c.init_std)
         self.head_weight[c.vocab_size :] = 0.0
         self.wte.weight[c.vocab_size :] = 0.0
-        if c.position == "rope":
-            half = self.cos.shape[1]
-            frequencies = c.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=self.cos.device) / half)
-            angles = torch.arange(c.block_size, dtype=torch.float32, device=self.cos.device)[:, None] * frequencies
-            self.cos.copy_(angles.cos())
-            self.sin.copy_(angles.sin())
+        self._fill_rotation()
+
+    def _fill_rotation(self) -> None:
+        c = self.config
+        if c.position != "rope":
+            return
+        half = self.cos.shape[1]
+        frequencies = c.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=self.cos.device) / half)
+        angles = torch.arange(c.block_size, dtype=torch.float32, device=self.cos.device)[:, None] * frequencies
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
 
     @property
     def head_weight(self) -> Tensor:

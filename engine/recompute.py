@@ -101,7 +101,7 @@ def apply(
     chosen: list[dict[str, Any] | None] = [options] * layers  # of each block; None: it recomputes nothing
     one_op = frozenset(keep) if policy == "selective" else frozenset()
     if policy == "selective":
-        context = functools.partial(create_selective_checkpoint_contexts, keeping(one_op))
+        context = _context(_keeping, one_op)
         chosen = [{**options, "context_fn": context}] * layers
     elif policy == "every":
         chosen = [options if layer % every == every - 1 else None for layer in range(layers)]
@@ -112,7 +112,7 @@ def apply(
         if kept is None:
             policy = "none"
         else:
-            kinds = {k: {**options, "context_fn": functools.partial(_fresh, counting(k))} for k in kept}
+            kinds = {k: {**options, "context_fn": _context(_counting, k)} for k in kept}
             chosen = [kinds[k] for k in kept]
     _keepable(model, one_op)
     if policy == "none":
@@ -137,6 +137,16 @@ def _way(model: GPT, own: dict[str, Any] | None) -> Callable[..., Tensor]:
     return run_block
 
 
+def _context(contexts: Callable[[tuple[Any, ...]], Any], kept: Collection[Any]) -> Any:
+    """``checkpoint``'s context_fn: ``contexts`` of what is kept. A function with a name and constants, which torch's
+    caches of compiled graphs can write down, and ``cache_hash``, by which they know it, or they are passed by. (That
+    the sources of this file are the same, they know: ``compiling.sources``.)
+    """
+    context: Any = functools.partial(contexts, tuple(sorted(kept)))
+    context.cache_hash = f"keeps {sorted(kept)}"
+    return context
+
+
 class ByLayer:
     """Runs each block in its layer's way; a compiler of single blocks compiles the ways, not the choice."""
 
@@ -156,28 +166,28 @@ def keeping(keep: frozenset[str]) -> Callable[..., CheckpointPolicy]:
     return policy
 
 
-def counting(kept: Kept) -> Callable[[], Callable[..., CheckpointPolicy]]:
-    """Makes, for each run of a block, the selective policy that keeps the n-th result of an op for (op, n) in
-    ``kept``: forward and recomputation, which run the same ops in the same order, each count for themselves."""
+def counting(kept: Kept) -> Callable[..., CheckpointPolicy]:
+    """The selective policy, for one run of a block, that keeps the n-th result of an op for (op, n) in ``kept``:
+    forward and recomputation, which run the same ops in the same order, each count for themselves."""
+    seen: dict[tuple[bool, str], int] = collections.defaultdict(int)
 
-    def make() -> Callable[..., CheckpointPolicy]:
-        seen: dict[tuple[bool, str], int] = collections.defaultdict(int)
+    def policy(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        op = op_of(function)
+        if op is None:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        number = seen[context.is_recompute, op]
+        seen[context.is_recompute, op] = number + 1
+        return CheckpointPolicy.MUST_SAVE if (op, number) in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-        def policy(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            op = op_of(function)
-            if op is None:
-                return CheckpointPolicy.PREFER_RECOMPUTE
-            number = seen[context.is_recompute, op]
-            seen[context.is_recompute, op] = number + 1
-            return CheckpointPolicy.MUST_SAVE if (op, number) in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-        return policy
-
-    return make
+    return policy
 
 
-def _fresh(make: Callable[[], Callable[..., CheckpointPolicy]]) -> Any:
-    return create_selective_checkpoint_contexts(make())
+def _keeping(keep: tuple[str, ...]) -> Any:
+    return create_selective_checkpoint_contexts(keeping(frozenset(keep)))
+
+
+def _counting(kept: tuple[tuple[str, int], ...]) -> Any:
+    return create_selective_checkpoint_contexts(counting(frozenset(kept)))
 
 
 # --------------------------------------------------------------------------------------------------------------- budget

@@ -25,7 +25,7 @@ from torch import Tensor
 from tritium.engine import allocator, bad_steps, checkpoint, compiling, metrics, plan, precision, tuned
 from tritium.engine.bad_steps import ROLLBACKS, BadSteps, Done, Dumps, Recent, Rollback, Seen
 from tritium.engine.capture import CapturedStep, CudaGraphs
-from tritium.engine.config import Config, ConfigError, data_folder
+from tritium.engine.config import Config, ConfigError, data_folder, graphs_need_a_gpu
 from tritium.engine.guard import WORDS
 from tritium.engine.host import Ahead, garbage_at_rest
 from tritium.engine.model import GPT
@@ -38,6 +38,8 @@ from tritium.engine.step import Loss, MicroBatch, train_step
 from tritium.engine.tracing import Tracer
 from tritium.kernels import op
 from tritium.kernels.site import Machine, interpreting
+
+CACHE = "compile_cache.bin"  # in a run's folder: what its first step compiled
 
 
 @dataclass
@@ -90,20 +92,28 @@ class Engine:
 
 
 def build(
-    config: Config, world: World = World(), *, compile: bool | None = None, machine: Machine | None = None
+    config: Config,
+    world: World = World(),
+    *,
+    compile: bool | None = None,
+    machine: Machine | None = None,
+    fill: bool = True,
+    ready: Callable[[], object] | None = None,
 ) -> Engine:
     """Model, kernels, optimizer and loss for ``config`` (whose vocab_size is set) on ``world.device``; weights are
     fresh.
 
     compile: overrides config.train.compile. machine: what kernels are chosen for; default: the one this process runs
-    on. KernelError when a kernel choice cannot be met, ConfigError for a budget or a number of rows that cannot be.
+    on. fill: without it weights hold anything, for who restores them. ready: called before the compiler is touched, to
+    wait for what may still be loading it. KernelError when a kernel choice cannot be met, ConfigError for a budget or a
+    number of rows that cannot be.
     """
     if config.train.micro_rows < 1:
         raise ConfigError("train.micro_rows=0 leaves the rows to the plan: engine.plan.resolve(config, world) first")
     device = world.device
     torch.manual_seed(config.train.seed)
     with torch.device(device):
-        model = GPT(config.model, documents=config.data.documents)
+        model = GPT(config.model, documents=config.data.documents, fill=fill)
     dtype = precision.resolve(config.train.precision, device)
     if world.any(dtype == torch.float32):  # auto is measured, and all processes must compute alike
         dtype = torch.float32
@@ -132,6 +142,8 @@ def build(
         )  # fmt: skip
     model.head.chunk = config.train.loss_chunk
     forward: Callable[..., Tensor] = model
+    if ready is not None:
+        ready()
     if compiled:
         forward = compiling.compiled(model, config.train.compile_scope, config.train.compile_mode)
     model.train()
@@ -144,10 +156,7 @@ def build(
     captured = None
     if config.train.cuda_graphs == "true":
         if device.type != "cuda":
-            raise ConfigError(
-                f"train.cuda_graphs=true captures the work of a GPU and this run is on {device.type}; use "
-                "--train.cuda_graphs auto"
-            )
+            raise ConfigError(graphs_need_a_gpu(device.type))
         captured = CapturedStep(
             loss, optimizer, world, config.train.batch_rows // (config.train.micro_rows * world.size), CudaGraphs()
         )
@@ -175,7 +184,7 @@ def check_kernels(config: Config, device: torch.device) -> None:
 def on_meta(config: Config, dtype: torch.dtype) -> list[Any]:
     """Model and optimizer of ``config`` (whose vocab_size is set) without memory, to look at their call sites."""
     with torch.device("meta"):
-        model = GPT(config.model, documents=config.data.documents)
+        model = GPT(config.model, documents=config.data.documents, fill=False)
         return [model, AdamW(model, config.optim, precision.to_compute_dtype(model, dtype))]
 
 
@@ -271,12 +280,12 @@ def main(config: Config, reporter: Reporter | None = None) -> Outcome:
     Raises ConfigError, KernelError, DataError, CheckpointError or BadSteps, each with a message for the user.
     """
     with join_world(config.train.device) as world:
-        config.check(world.size)
+        config.check(world.size, world.device.type)
         reporter = reporter or Reporter()
         if not world.first:
             reporter = Reporter(quiet=True)
         try:
-            with settings(config, world.device), plan.advising(config, world):
+            with allocator.freed_memory_kept(world.device.type == "cpu"), plan.advising(config, world):
                 return _run(config, world, reporter)
         finally:
             reporter.close()
@@ -285,7 +294,18 @@ def main(config: Config, reporter: Reporter | None = None) -> Outcome:
 def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
     out = pathlib.Path(config.run.out or f"runs/{config.name}")
     with _alone(out) if world.first else contextlib.nullcontext():
-        return _prepare_and_run(config, out, world, reporter)
+        compiles, why_not = should_compile(config, world.device)
+        if why_not:
+            reporter.warn(f"not compiling: {why_not}; training runs eagerly and slower")
+        cache = out / CACHE if config.train.compile_cache else None
+        with compiling.Beside(compiles, cache) as compiler, contextlib.ExitStack() as stack:
+
+            def ready() -> None:
+                compiler.wait()
+                stack.enter_context(determinism(is_deterministic(config, world.device)))  # torch loads the compiler
+
+            outcome = _prepare_and_run(config, out, world, reporter, compiler, ready)
+        return outcome
 
 
 @contextlib.contextmanager
@@ -310,7 +330,14 @@ def _alone(out: pathlib.Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _prepare_and_run(config: Config, out: pathlib.Path, world: World, reporter: Reporter) -> Outcome:
+def _prepare_and_run(
+    config: Config,
+    out: pathlib.Path,
+    world: World,
+    reporter: Reporter,
+    compiler: compiling.Beside,
+    ready: Callable[[], None],
+) -> Outcome:
     from tritium.engine.tasks.pretraining import Pretraining
 
     found = _to_resume(config, out, world, reporter)
@@ -329,22 +356,16 @@ def _prepare_and_run(config: Config, out: pathlib.Path, world: World, reporter: 
                 f"to train. Use --train.steps {2 * found.step}, or start a new run with --run.out OTHER_FOLDER"
             )
     if config.train.micro_rows == 0:
+        ready()  # a plan traces, with modules of the compiler's
         reporter.status("planning the micro-batch")
         config, why = plan.resolve(config, world)
         task.config = config
         reporter.note(why)
     task.check()
 
-    _, why_not = should_compile(config, world.device)
-    if why_not:
-        reporter.warn(f"not compiling: {why_not}; training runs eagerly and slower")
-    cache = out / "compile_cache.bin"
-    if config.train.compile_cache:
-        try:
-            compiling.load_cache(cache)
-        except (ValueError, OSError) as error:
-            reporter.warn(f"{error}; compiling anew")
-    engine = build(config, world)
+    engine = build(config, world, fill=found is None, ready=ready)
+    if (problem := compiler.wait()) is not None:
+        reporter.warn(f"{problem}; compiling anew")
     parameters = sum(p.numel() for p in engine.model.parameters())
     reporter.note(
         f"{config.name}: {parameters / 1e6:.1f}M parameters, {str(engine.dtype).removeprefix('torch.')}, "
@@ -408,8 +429,9 @@ class Loop:
         micro_batches = t.batch_rows // (t.micro_rows * world.size)
         self.reporter.status("measuring the matmul rate")
         self.rate = metrics.matmul_rate(
-            device, self.engine.dtype, t.micro_rows * c.model.block_size, c.model.n_embd, c.model.hidden_width
-        )
+            device, self.engine.dtype, t.micro_rows * c.model.block_size, c.model.n_embd, c.model.hidden_width,
+            seconds=0.5 if device.type == "cuda" else 0.2,  # a GPU has to raise its clock
+        )  # fmt: skip
         self.flops = metrics.flops_per_token(c.model)
         lr, inverse_count = torch.zeros((), device=device), torch.full((), 1.0 / c.batch_tokens, device=device)
         self.reporter.status(
@@ -591,7 +613,7 @@ class Loop:
         if not (self.engine.compiled and self.config.train.compile_cache and self.world.first):
             return
         try:
-            compiling.save_cache(self.out / "compile_cache.bin")
+            compiling.save_cache(self.out / CACHE)
         except OSError as error:
             self.reporter.warn(
                 f"what was compiled could not be kept with the run ({error}); a resumed one compiles anew"

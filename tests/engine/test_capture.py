@@ -10,6 +10,7 @@ from tritium.engine import capture, train
 from tritium.engine.capture import WARM_UP, CapturedStep
 from tritium.engine.config import Config, ConfigError, GPTConfig, OptimConfig, TrainConfig
 from tritium.engine.parallel import World
+from tritium.engine.report import Reporter
 from tritium.engine.step import MicroBatch, train_step
 
 STEPS = WARM_UP + 4
@@ -136,10 +137,20 @@ def test_another_shape_or_number_of_micro_batches_is_an_error():
         step([batch(3)], lr, inverse_count)
 
 
-def test_cuda_graphs_need_a_gpu():
+def test_cuda_graphs_need_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     c = config(1).replace(train={"cuda_graphs": "true"})
-    with pytest.raises(ConfigError, match="captures the work of a GPU and this run is on cpu"):
+    refused = "captures the work of a GPU and this run is on cpu"
+    with pytest.raises(ConfigError, match=refused):
         train.build(c)
+    # said before anything is done, also where only torch knows what device=auto comes to
+    assert c.problems() == [] and refused in c.problems(device="cpu")[0]
+    assert refused in c.replace(train={"device": "cpu"}).problems()[0]
+    assert c.problems(device="cuda") == []
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match=refused):
+        train.main(c.replace(train={"cuda_graphs": "true"}, run={"out": str(out)}), Reporter(quiet=True))
+    assert not out.exists()
     c = c.replace(train={"recompute": "full"}, model={"dropout": 0.1})
     assert any("must draw the same random numbers" in problem for problem in c.problems())
 

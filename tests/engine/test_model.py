@@ -90,6 +90,17 @@ def test_a_model_made_without_memory_can_be_filled_later():
     assert torch.equal(model(ids, targets), build(LLAMA, seed=3)(ids, targets))
 
 
+def test_weights_that_will_be_loaded_are_not_drawn():
+    before = torch.get_rng_state()
+    model = GPT(LLAMA, fill=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    filled = build(LLAMA)
+    assert torch.equal(model.cos, filled.cos) and torch.equal(model.sin, filled.sin)
+    model.load_state_dict(filled.state_dict())
+    ids, targets = batch()
+    assert torch.equal(model(ids, targets), filled(ids, targets))
+
+
 @pytest.mark.parametrize("config", [SMALL, LLAMA], ids=["tied", "untied"])
 def test_compute_parameters_are_the_linear_layers_of_the_blocks_and_the_head(config):
     layers = ("attention.qkv", "attention.proj", "mlp.up", "mlp.down")
