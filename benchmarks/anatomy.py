@@ -461,9 +461,8 @@ def roofline(training: Training, B: int, T: int, matmul: float, copy: float) -> 
         total[row] = total.get(row, 0.0) + 1e3 * seconds
     parameters = sum(p.numel() for group in engine.optimizer.groups for p in group.params)
     copies = sum(p.numel() * p.element_size() for group in engine.optimizer.groups for p in group.copies)
-    gradients = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for g in engine.optimizer.groups for p in g.leaves)
     # master, two moments read and written, the gradient read twice (norm and update), copies written
-    total["optimizer"] = 1e3 * (parameters * 6 * 4 + 2 * gradients + copies) / copy
+    total["optimizer"] = 1e3 * (parameters * 6 * 4 + 2 * engine.optimizer.gradient_bytes + copies) / copy
     return total
 
 

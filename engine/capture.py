@@ -1,9 +1,10 @@
 """A step as CUDA graphs: captured once, then replayed without the host's work.
 
 With one micro-batch a step, one graph holds the whole step, and gradients live only inside it. With more, there are
-two: micro-batch (forward, backward, gradients and loss added to what there is) and update (norm, clip, AdamW, zero),
-and what processes sum is summed between them. Everything the graphs read or write stays where it is: inputs are copied
-into place, and what a step returns is copied out.
+three: the first micro-batch (forward and backward, which make gradients and loss), each further one (which adds its own
+to them) and the update (norm, clip, AdamW); so nothing is ever zeroed. What processes sum is summed before the update.
+Everything the graphs read or write stays where it is: inputs are copied into place, and what a step returns is copied
+out.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class CapturedStep:
         self.loss, self.optimizer, self.world, self.graphs = loss, optimizer, world, graphs
         self.whole = micro_batches == 1 and world.size == 1
         self.micro_batches, self.done = micro_batches, 0
-        self.replay: list[Callable[[], None]] = []  # the whole step, or micro-batch and update
+        self.replay: list[Callable[[], None]] = []  # the whole step; or first micro-batch, further one, update
+        self.gradients: list[Tensor] = []  # what the graphs of micro-batches leave to that of the update
 
     def __call__(self, batches: Sequence[MicroBatch], lr: Tensor, inverse_count: Tensor) -> tuple[Tensor, Tensor]:
         """One step over equally shaped micro-batches; (mean loss, gradient norm), both () fp32."""
@@ -80,14 +82,14 @@ class CapturedStep:
             self._capture(batches[0], lr, inverse_count)
         self.lr.copy_(lr)
         self.inverse_count.copy_(inverse_count)
-        for batch in batches:
+        for i, batch in enumerate(batches):
             self._put(batch)
-            self.replay[0]()
+            self.replay[min(i, 1)]()
         if not self.whole:
             if self.world.size > 1:
-                self.world.sum_(self.optimizer.gradients())
+                self.world.sum_(self.gradients)
                 self.world.sum_([self.total])
-            self.replay[1]()
+            self.replay[-1]()
         # the next replay writes over what this one returned, and a loss is read a step late
         return self.mean.clone(), self.norm.clone()
 
@@ -110,10 +112,13 @@ class CapturedStep:
         self.optimizer.zero_grad()
         if self.whole:
             self.replay = [self.graphs.capture(self._whole)]
-            self.optimizer.zero_grad()
         else:
-            self.optimizer.keep_gradients()
-            self.replay = [self.graphs.capture(self._micro), self.graphs.capture(self._update)]
+            self.replay = [self.graphs.capture(self._first)]
+            self.gradients = self.optimizer.stored_gradients()
+            if self.micro_batches > 1:
+                self.replay.append(self.graphs.capture(self._further))
+            self.replay.append(self.graphs.capture(self._update))
+        self.optimizer.zero_grad()  # a step that is not replayed begins with none
 
     def _whole(self) -> None:
         loss = self.loss(self.batch)
@@ -122,7 +127,12 @@ class CapturedStep:
         self.norm.copy_(self.optimizer.step(self.lr, self.inverse_count, self.mean))
         self.optimizer.zero_grad()
 
-    def _micro(self) -> None:
+    def _first(self) -> None:
+        loss = self.loss(self.batch)
+        loss.backward()
+        self.total.copy_(loss.detach())
+
+    def _further(self) -> None:
         loss = self.loss(self.batch)
         loss.backward()
         self.total += loss.detach()
@@ -130,8 +140,6 @@ class CapturedStep:
     def _update(self) -> None:
         self.mean.copy_(self.total * self.inverse_count)
         self.norm.copy_(self.optimizer.step(self.lr, self.inverse_count, self.mean))
-        self.total.zero_()
-        torch._foreach_zero_(self.optimizer.gradients())
 
 
 def _tensors(batch: MicroBatch) -> list[Tensor]:

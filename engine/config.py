@@ -185,6 +185,11 @@ class TrainConfig:
     and the checkpoints are the same, the GEMMs read and write their operands in another order. auto: as was measured on
     such a device, else (out, in).
     """
+    flat: Literal["auto", "true", "false"] = "auto"
+    """Parameters, their working copies, gradients and moments in one buffer each (for each kind of parameter), so that
+    one long tensor is summed over processes, normed and updated; gradients are copied there. Checkpoints do not depend
+    on it. auto: with several processes.
+    """
     recompute: Literal["none", "full", "every", "selective", "budget"] = "none"
     """Activations recomputed in backward: none; every block (full); every recompute_every-th block; everything but the
     ops in recompute_keep (selective); or whatever exceeds recompute_budget_gb, the cheapest first (budget).

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,10 +14,16 @@ from tritium.engine.guard import Guard
 from tritium.kernels import ops
 from tritium.kernels.op import CallSite
 
+ALIGNMENT = 64  # elements: where a tensor may begin in a flat buffer; 128 bytes of bf16
+
 
 @dataclass
 class Group:
-    """Parameters updated by one call: equal weight decay, and either all with a working copy or none."""
+    """Parameters updated by one call: equal weight decay, and either all with a working copy or none.
+
+    flat: where storage is flat, the buffers that the tensors of each list are views of, by the list's name, and
+    "grads"; equal places in all of them, and zeros between the views.
+    """
 
     weight_decay: float
     names: list[str] = field(default_factory=list)
@@ -27,11 +34,21 @@ class Group:
     )  # the leaves that are working copies; empty when params are the leaves
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    flat: dict[str, Tensor] = field(default_factory=dict)
+    places: list[Tensor] = field(default_factory=list)  # of the gradients in flat["grads"]
 
-    def rows(self, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """params, copies, grads, exp_avgs, exp_avg_sqs as the update takes them. It is elementwise: a matrix that lies
-        column by column (train.weight_layout) is handed over transposed, which is dense and needs no copy.
+    def rows(
+        self, found: Iterator[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """params, copies, grads, exp_avgs, exp_avg_sqs as the update takes them; found: gradients as they are stored,
+        from this group's on. The update is elementwise: a flat buffer is one vector, and a matrix that lies column by
+        column (train.weight_layout) is handed over transposed, which is dense and needs no copy.
         """
+        if self.flat:
+            f = self.flat
+            copies = [f["copies"]] if self.copies else []
+            return [f["params"]], copies, [next(found)], [f["exp_avgs"]], [f["exp_avg_sqs"]]
+        grads = [next(found) for _ in self.params]
         turned = [p.ndim == 2 and not p.is_contiguous() for p in self.params]
 
         def dense(tensors: list[Tensor]) -> list[Tensor]:
@@ -70,6 +87,17 @@ class AdamW:
         self.steps_done = torch.zeros((), device=device)
         self.guard = Guard(config.skip_outliers, device)
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the gradients that an update reads."""
+        leaves = (leaf for group in self.groups for leaf in group.leaves)
+        return sum(leaf.numel() * (leaf.grad_dtype or torch.float32).itemsize for leaf in leaves)
+
+    @property
+    def flat(self) -> bool:
+        """Whether storage is flat."""
+        return bool(self.groups[0].flat)
+
     def call_sites(self) -> Iterator[tuple[str, CallSite]]:
         yield "optimizer", self.adamw
         yield "gradient norm", self.global_norm
@@ -94,8 +122,8 @@ class AdamW:
         lr: () fp32 on the device. inverse_count: () fp32, 1 / number of targets in the whole batch. loss: () fp32, the
         mean loss. A step that ``guard`` finds bad changes nothing and is counted there. The host reads nothing back.
         """
-        found = iter(self.gradients())
-        lists = [group.rows([next(found) for _ in group.params]) for group in self.groups]
+        found = iter(self.stored_gradients())
+        lists = [group.rows(found) for group in self.groups]
         grads = [grad for rows in lists for grad in rows[2]]
         norm = self.global_norm(grads) * inverse_count
         scale = inverse_count
@@ -117,11 +145,46 @@ class AdamW:
             for leaf in group.leaves:
                 leaf.grad = None
 
-    def keep_gradients(self) -> None:
-        """Give every leaf a gradient of zeros that stays where it is: what micro-batches add to."""
+    def stored_gradients(self) -> list[Tensor]:
+        """The gradients as they lie in memory: one flat buffer for each group, or one tensor for each parameter."""
+        found = self.gradients()
         for group in self.groups:
-            for leaf, param in zip(group.leaves, group.params, strict=True):
-                leaf.grad = torch.zeros_like(param)  # fp32, as the sum over micro-batches is
+            for leaf, place in zip(group.leaves, group.places, strict=bool(group.places)):
+                _move(place, leaf)  # one that autograd did not bring
+        return [group.flat["grads"] for group in self.groups] if self.flat else found
+
+    def sum_in_fp32(self) -> None:
+        """From now on gradients of working copies are summed in fp32, over micro-batches and processes.
+
+        The first one of a step is widened when it arrives; autograd adds the later ones to that in place, as they come
+        in the compute dtype. No wide copy of these is made (but inside torch's addition of two dtypes on a CPU).
+        """
+        for group in self.groups:
+            for leaf in group.leaves if group.copies else ():
+                leaf.grad_dtype = None  # any: the sum is wider than the leaf
+                leaf.register_post_accumulate_grad_hook(_widen)
+
+    @torch.no_grad()
+    def flatten(self, sum_in_fp32: bool) -> None:
+        """Put parameters, working copies, gradients and moments into one buffer for each group and kind. These are then
+        what is summed over processes, normed and updated; names, shapes, strides and values stay.
+
+        The first gradient of a step is copied into its place when it arrives, later ones are added there. sum_in_fp32:
+        the places of working copies' gradients are fp32.
+        """
+        for group in self.groups:
+            for kind in ("params", "copies", "exp_avgs", "exp_avg_sqs"):
+                if tensors := getattr(group, kind):
+                    group.flat[kind], views = _flat(tensors, tensors[0].dtype)
+                    torch._foreach_copy_(views, tensors)
+                    setattr(group, kind, views)
+            widens = bool(group.copies) and sum_in_fp32
+            group.flat["grads"], group.places = _flat(group.leaves, torch.float32 if widens else group.leaves[0].dtype)
+            for leaf, view, place in zip(group.leaves, group.copies or group.params, group.places, strict=True):
+                leaf.data = view
+                if widens:
+                    leaf.grad_dtype = None
+                leaf.register_post_accumulate_grad_hook(partial(_move, place))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat: exp_avg.NAME, exp_avg_sq.NAME, steps_done, and the guard's. The masters are the model's business
@@ -143,3 +206,25 @@ class AdamW:
         for group in self.groups:
             for copy, master in zip(group.copies, group.params, strict=bool(group.copies)):
                 copy.copy_(master)
+
+
+def _flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """A buffer of zeros, and views of it with the shapes and strides of these (dense) tensors, in their order."""
+    sizes = [-(-t.numel() // ALIGNMENT) * ALIGNMENT for t in tensors]
+    buffer = torch.zeros(sum(sizes), dtype=dtype, device=tensors[0].device)
+    pieces = buffer.split(sizes)
+    return buffer, [piece.as_strided(t.shape, t.stride()) for piece, t in zip(pieces, tensors, strict=True)]
+
+
+def _move(place: Tensor, leaf: Tensor) -> None:
+    """The hook of a leaf whose gradient has a place: the first one is copied there, later ones are added there."""
+    if leaf.grad is not place:
+        assert leaf.grad is not None
+        place.copy_(leaf.grad)
+        leaf.grad = place
+
+
+def _widen(leaf: Tensor) -> None:
+    assert leaf.grad is not None
+    if leaf.grad.dtype != torch.float32:
+        leaf.grad = leaf.grad.to(torch.float32)

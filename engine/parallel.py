@@ -35,14 +35,20 @@ class World:
         return self.rank == 0
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each tensor over all processes, in place, in flat buckets of one dtype."""
+        """Sum each tensor over all processes, in place; small ones are packed into flat buckets of one dtype."""
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                self._all_reduce(bucket[0])
+                continue
             flat = torch._utils._flatten_dense_tensors(bucket)
-            dist.all_reduce(flat)
+            self._all_reduce(flat)
             for tensor, piece in zip(bucket, torch._utils._unflatten_dense_tensors(flat, bucket), strict=True):
                 tensor.copy_(piece)
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor)
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -325,13 +325,8 @@ class _Apart(World):
     def barrier(self) -> None:
         pass
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        from tritium.engine import parallel
-
-        for bucket in parallel._buckets(tensors) if self.size > 1 else ():
-            flat = torch._utils._flatten_dense_tensors(bucket)
-            for tensor, piece in zip(bucket, torch._utils._unflatten_dense_tensors(flat, bucket), strict=True):
-                tensor.copy_(piece)
+    def _all_reduce(self, tensor: Tensor) -> None:
+        pass
 
 
 @contextlib.contextmanager
@@ -416,7 +411,7 @@ def trace(config: Config, machine: Machine, processes: int = 1, steps: int = 1, 
         leaves = [leaf for group in groups for leaf in group.leaves]
         parameters = sum(p.numel() for group in groups for p in group.params)
         copies = sum(p.nbytes for group in groups for p in group.copies)
-        gradients = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in leaves)
+        gradients = engine.optimizer.gradient_bytes
         del engine, batches, leaves, groups
     # a master and two moments read and written, the gradient read twice (norm and update), the copy written
     return Trace(

@@ -48,7 +48,7 @@ def train_step(
         total = part.detach() if total is None else total + part.detach()
     assert total is not None, "train_step needs at least one micro-batch"
     if world.size > 1:
-        world.sum_(optimizer.gradients())
+        world.sum_(optimizer.stored_gradients())
         world.sum_([total])
     mean = total * inverse_count
     norm = optimizer.step(lr, inverse_count, mean)

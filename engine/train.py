@@ -125,13 +125,11 @@ def build(
     optimizer = AdamW(model, config.optim, masters)
     compiled = should_compile(config, device)[0] if compile is None else compile
     table = _bind([model, optimizer], config, device, dtype, compiled, machine)
-    accumulates = (
-        config.train.batch_rows > config.train.micro_rows
-    )  # over micro-batches or processes: sum gradients in fp32
-    if masters and accumulates:
-        for name, parameter in model.named_parameters():
-            if name in masters:
-                parameter.grad_dtype = torch.float32
+    several = config.train.batch_rows > config.train.micro_rows  # micro-batches or processes, whose gradients add up
+    if config.train.flat == "true" or (config.train.flat == "auto" and world.size > 1):
+        optimizer.flatten(sum_in_fp32=several)
+    elif several:
+        optimizer.sum_in_fp32()
     if config.train.recompute != "none":
         from tritium.engine import recompute
 
