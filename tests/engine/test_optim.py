@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritium.engine.config import OptimConfig
+from tritium.engine import train
+from tritium.engine.config import Config, GPTConfig, OptimConfig, TrainConfig
 from tritium.engine.optim import AdamW
 from tritium.engine.precision import lay_out, resolve, to_compute_dtype
+from tritium.engine.step import MicroBatch
 
 
 class Net(torch.nn.Module):
@@ -221,7 +223,15 @@ def test_flat_storage_trains_to_the_same_bits(masters, sum_in_fp32, layout):
 
 
 def test_flat_buffers_hold_every_tensor_at_an_aligned_place_and_zeros_between():
-    _, optimizer, _ = trained(True, True, True, "in_out")
+    config = Config(
+        model=GPTConfig(vocab_size=61, vocab_multiple=1, block_size=5, n_layer=1, n_head=1, n_embd=6),
+        train=TrainConfig(batch_rows=2, micro_rows=1, precision="bf16", compile="false", flat="true"),
+    )
+    engine = train.build(config)
+    optimizer, ids = engine.optimizer, torch.arange(10).view(2, 1, 5)
+    work = [MicroBatch(row, row) for row in ids]
+    for _ in range(3):
+        engine.step(work, torch.tensor(0.01), torch.tensor(0.1))
     assert len(optimizer.groups) == 4 and optimizer.flat
     for group in optimizer.groups:
         kinds = {"params": group.params, "copies": group.copies, "grads": group.places, "exp_avgs": group.exp_avgs,
