@@ -177,11 +177,12 @@ class AdamW:
                 if tensors := getattr(group, kind):
                     group.flat[kind], views = _flat(tensors, tensors[0].dtype)
                     torch._foreach_copy_(views, tensors)
-                    setattr(group, kind, views)
+                    for tensor, view in zip(tensors, views, strict=True):
+                        tensor.data = view  # the tensor stays: who else reads a master (a table's rows) follows
             widens = bool(group.copies) and sum_in_fp32
             group.flat["grads"], group.places = _flat(group.leaves, torch.float32 if widens else group.leaves[0].dtype)
             for leaf, view, place in zip(group.leaves, group.copies or group.params, group.places, strict=True):
-                leaf.data = view
+                leaf.data = view.data
                 if widens:
                     leaf.grad_dtype = None
                 leaf.register_post_accumulate_grad_hook(partial(_move, place))

@@ -346,7 +346,8 @@ def test_a_sample_changes_nothing_of_what_is_learned_whatever_it_draws(data, tmp
 def test_the_logged_fraction_of_the_matmul_rate_is_speed_times_flops_over_rate(data, tmp_path, monkeypatch):
     asked = []
 
-    def rate(device, dtype, N, C, F):
+    def rate(device, dtype, N, C, F, seconds):
+        assert 0 < seconds <= 1
         asked.append((device.type, dtype, N, C, F))
         return 2.5e9
 
