@@ -51,7 +51,7 @@ OP_ROWS = {
     "layer_norm": "norm", "rms_norm": "norm", "add_layer_norm": "norm", "add_rms_norm": "norm",
     "gelu": "activation", "swiglu": "activation", "geglu": "activation", "relu2": "activation",
     "cross_entropy": "loss", "linear_cross_entropy": "loss", "embedding": "embedding",
-    "adamw": "optimizer", "global_norm": "optimizer",
+    "adamw": "optimizer", "adamw_8bit": "optimizer", "global_norm": "optimizer",
 }  # fmt: skip
 PRODUCT = re.compile(
     r"^aten::(mm|addmm|bmm|baddbmm|addbmm|matmul|linear|_scaled_mm|dot|mv)$"

@@ -209,6 +209,7 @@ def describe(config: Config) -> str:
     extras = [name for name, on in (
         ("untied", not m.tie_head), ("bias", m.bias), ("qk_norm", m.qk_norm), ("loss apart", not m.fused_loss),
         (f"{m.kv_heads} kv heads", bool(m.n_kv_head)), ("reference", config.kernels.default == "reference"),
+        (f"{config.optim.moments} moments", config.optim.moments != "fp32"),
     ) if on]  # fmt: skip
     return (
         f"L={m.n_layer} C={m.n_embd} H={m.n_head} V={m.vocab_size} T={m.block_size} "
@@ -233,12 +234,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--seed", type=int, default=0, help="of the draw (0)")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--compile", action="store_true", help="compiled steps; half a minute each")
+    made.add_argument("--moments", choices=("fp32", "bf16", "int8"), default="fp32", help="optim.moments of all (fp32)")
     made.add_argument("--json", type=pathlib.Path, help="also write what was found to this file")
     options = made.parse_args(argv)
     found: list[Comparison] = []
     print(f"{'plan, MB':>9} {'measured':>9} {'error':>7} | {'kept':>7} {'measured':>9} {'error':>7}  configuration")
     for number in range(options.count):
         config = draw(options.seed, number, options.device, options.compile)
+        if options.moments != "fp32":
+            config = config.replace(optim={"moments": options.moments})
         c = compare(config, kept=options.device == "cpu" and not options.compile)
         found.append(c)
         kept = f"{c.kept_planned / 1e6:7.1f} {c.kept_measured / 1e6:9.1f} {c.kept_error:+7.1%}"

@@ -50,6 +50,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "linear_cross_entropy": {"N": 8, "C": 64, "V": 100, "Vp": 128},
     "global_norm": {"K": 20, "P": 4096},
     "adamw": {"K": 20, "P": 4096},
+    "adamw_8bit": {"K": 20, "P": 4096},
 }
 ROWS = {"N": 8, "C": 64}
 WIDTH = {"N": 8, "F": 128}

@@ -59,7 +59,7 @@ class _Parts:
         self.parts: dict[str, Any] = {name: compile(getattr(model, name)) for name in self.PARTS}
         if isinstance(model.run_block, recompute.ByLayer):  # the number of a layer is not to be a graph's
             ways = {way: compile(way) for way in model.run_block.ways}
-            self.parts["run_block"] = recompute.ByLayer([ways[way] for way in model.run_block.ways])
+            self.parts["run_block"] = model.run_block.with_ways([ways[way] for way in model.run_block.ways])
 
     def __call__(self, ids: Tensor, targets: Tensor, seq_start: Tensor | None = None) -> Tensor:
         with self._in_place():

@@ -188,18 +188,22 @@ class TrainConfig:
     flat: Literal["auto", "true", "false"] = "auto"
     """Parameters, their working copies, gradients and moments in one buffer each (for each kind of parameter), so that
     one long tensor is summed over processes, normed and updated; gradients are copied there. Checkpoints do not depend
-    on it. auto: with several processes.
+    on it. auto: with several processes, but for moments in int8.
     """
-    recompute: Literal["none", "full", "every", "selective", "budget"] = "none"
+    recompute: Literal["none", "full", "every", "selective", "budget", "offload"] = "none"
     """Activations recomputed in backward: none; every block (full); every recompute_every-th block; everything but the
-    ops in recompute_keep (selective); or whatever exceeds recompute_budget_gb, the cheapest first (budget).
+    ops in recompute_keep (selective); or whatever exceeds recompute_budget_gb, the cheapest first (budget). offload:
+    none, but all except the last blocks' lie in the host's pinned memory meanwhile (a GPU; eager, or compiled block by
+    block).
     """
     recompute_every: int = 2
     """With recompute=every: K; each K-th block is recomputed."""
     recompute_keep: tuple[str, ...] = ("attention", "linear")
     """With recompute=selective: ops whose results are kept."""
     recompute_budget_gb: float = 0.0
-    """With recompute=budget: GB (10⁹ bytes) that all blocks together keep for one micro-batch's backward."""
+    """With recompute=budget: GB (10⁹ bytes) that all blocks together keep for one micro-batch's backward. With offload:
+    GB that the last blocks, at least two, may keep on the device.
+    """
     loss_chunk: int = 0
     """Rows (tokens) whose logits exist at one time, for the backends of linear_cross_entropy that chunk; 0: their own
     choice.
@@ -250,6 +254,10 @@ class OptimConfig:
     """Decoupled weight decay of matrices (vectors have none)."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    moments: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What AdamW's two moments are kept in: 8 bytes a parameter, 4 (bf16), or 2 (int8: codes and a scale for 256 of
+    them; of matrices, the vectors' stay fp32). Computed in fp32 and rounded stochastically, repeatably.
+    """
     skip_outliers: float = 0.0
     """Skip a step whose loss or gradient norm lies more than this many standard deviations above the mean of the last
     128 (6 is a good value); 0: only what is not finite is skipped.
@@ -298,6 +306,8 @@ class KernelsConfig:
     """Backend of global_norm; empty: default."""
     adamw: str = ""
     """Backend of adamw; empty: default."""
+    adamw_8bit: str = ""
+    """Backend of adamw_8bit (optim.moments=int8); empty: default."""
     override: tuple[str, ...] = ()
     """Single places: [PATTERN:]OP[@PHASE]=BACKEND, e.g. blocks.0.*:attention=reference attention@decode=reference."""
 
@@ -399,10 +409,30 @@ class Config:
                 "train.precision=fp8 and train.fp8_layers names no layer, so that all would be bf16; give patterns "
                 "such as 'blocks.*', or use train.precision=bf16"
             )
+        if o.moments == "int8" and t.weight_layout == "in_out":
+            found.append(
+                "optim.moments=int8 has a scale for 256 elements in the order of (out, in), and train.weight_layout="
+                "in_out stores matrices in another; use --train.weight_layout out_in, or --optim.moments bf16"
+            )
+        if o.moments == "int8" and t.flat == "true":
+            found.append(
+                "optim.moments=int8 has a scale for 256 elements of one parameter, and train.flat=true puts all into "
+                "one buffer; use --train.flat false, or --optim.moments bf16"
+            )
         if t.recompute == "budget" and not t.recompute_budget_gb > 0.0:
             found.append(
                 f"train.recompute=budget needs train.recompute_budget_gb above 0, it is {t.recompute_budget_gb:g}: "
                 "without bytes to keep nothing can be chosen; give it, or use --train.recompute full"
+            )
+        if t.recompute == "offload" and t.compile != "false" and t.compile_scope == "model":
+            found.append(
+                "train.recompute=offload moves what blocks keep between them, which a model compiled as one graph has "
+                "inside of it; use --train.compile_scope block, or --train.compile false"
+            )
+        if t.recompute == "offload" and t.cuda_graphs == "true":
+            found.append(
+                "train.recompute=offload with train.cuda_graphs=true: copies to the host inside of a captured step "
+                "have never been tried; use --train.cuda_graphs false"
             )
         share = max(t.micro_rows, 1) * world_size
         if t.batch_rows >= 1 and t.micro_rows >= 0 and t.batch_rows % share:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tritium.engine import moments
 from tritium.engine.config import OptimConfig
 from tritium.engine.guard import Guard
 from tritium.kernels import ops
@@ -32,8 +33,9 @@ class Group:
     copies: list[Tensor] = field(
         default_factory=list
     )  # the leaves that are working copies; empty when params are the leaves
-    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)  # fp32, bf16, or codes of 8 bits
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    scales: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))  # of codes, of both moments
     flat: dict[str, Tensor] = field(default_factory=dict)
     places: list[Tensor] = field(default_factory=list)  # of the gradients in flat["grads"]
 
@@ -68,7 +70,9 @@ class AdamW:
 
     def __init__(self, model: torch.nn.Module, config: OptimConfig, masters: Mapping[str, Tensor]):
         self.config = config
-        self.adamw = CallSite(ops.adamw, options={"copies": bool(masters)})
+        options: dict[str, object] = {"copies": bool(masters)}
+        self.adamw_8bit = CallSite(ops.adamw_8bit, options=options) if config.moments == "int8" else None
+        self.adamw = CallSite(ops.adamw, options=options | ({"moments": "bf16"} if config.moments == "bf16" else {}))
         self.global_norm = CallSite(ops.global_norm)
         groups: dict[tuple[bool, bool], Group] = {}
         for name, leaf in model.named_parameters():
@@ -78,8 +82,12 @@ class AdamW:
             group.names.append(name)
             group.leaves.append(leaf)
             group.params.append(master)
-            group.exp_avgs.append(torch.zeros_like(master))
-            group.exp_avg_sqs.append(torch.zeros_like(master))
+            kept = moments.dtype_of(config.moments, master)
+            group.exp_avgs.append(torch.zeros_like(master, dtype=kept))
+            group.exp_avg_sqs.append(torch.zeros_like(master, dtype=kept))
+            if kept == torch.uint8:
+                for scales in group.scales:
+                    scales.append(moments.zero_scales(master))
             if name in masters:
                 group.copies.append(leaf.detach())
         self.groups = list(groups.values())
@@ -100,6 +108,8 @@ class AdamW:
 
     def call_sites(self) -> Iterator[tuple[str, CallSite]]:
         yield "optimizer", self.adamw
+        if self.adamw_8bit is not None:
+            yield "optimizer", self.adamw_8bit
         yield "gradient norm", self.global_norm
 
     def gradients(self) -> list[Tensor]:
@@ -134,7 +144,11 @@ class AdamW:
         self.steps_done += 1.0 - skip
         step = torch.clamp(self.steps_done, min=1.0)  # a skipped first step must not divide by 1 - β⁰
         for group, rows in zip(self.groups, lists, strict=True):
-            self.adamw(
+            update = self.adamw
+            if group.scales[0]:
+                assert self.adamw_8bit is not None
+                update, rows = self.adamw_8bit, (*rows, *group.scales)  # type: ignore[assignment]
+            update(
                 *rows, lr, step, scale, skip,
                 self.config.beta1, self.config.beta2, self.config.eps, group.weight_decay,
             )  # fmt: skip
@@ -188,13 +202,15 @@ class AdamW:
                 leaf.register_post_accumulate_grad_hook(partial(_move, place))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat: exp_avg.NAME, exp_avg_sq.NAME, steps_done, and the guard's. The masters are the model's business
-        (``master_weights``).
+        """Flat: exp_avg.NAME, exp_avg_sq.NAME, where these are codes exp_avg_scale.NAME and exp_avg_sq_scale.NAME,
+        steps_done, and the guard's. The masters are the model's business (``master_weights``).
         """
         state = {"steps_done": self.steps_done, **self.guard.state_dict()}
         for group in self.groups:
             for name, m, v in zip(group.names, group.exp_avgs, group.exp_avg_sqs, strict=True):
                 state[f"exp_avg.{name}"], state[f"exp_avg_sq.{name}"] = m, v
+            for which, scales in zip(("exp_avg_scale", "exp_avg_sq_scale"), group.scales, strict=True):
+                state |= {f"{which}.{name}": s for name, s in zip(group.names, scales, strict=bool(scales))}
         return state
 
     def master_weights(self) -> dict[str, Tensor]:

@@ -8,10 +8,13 @@ allocator does with that is replayed by its own rules. Nothing in it is fitted t
 vendors' libraries take inside a call is not seen.
 
     parameters   what the model computes with       masters      their fp32 originals, where they are narrower
-    moments      AdamW's two                        gradients    from the moment they exist until the update is done
+    moments      AdamW's two, as optim.moments says gradients    from the moment they exist until the update is done
     activations  kept by forward for backward       logits       of the rows whose logits exist at one time
     temporary    inside an op or between two; what is computed again; the update's
     workspace    cuBLAS's                           holes        free, and of no use to what is asked for next
+
+What recompute=offload moves to the host's memory is counted apart from these (Row.host_bytes), and its copies' time
+where forward and backward are too short for it.
 
 A compiled step is seen through the graphs that Inductor is given (engine/graphs.py). Time is a roofline: the work of
 every call site by its op's ``cases.py``, forward, backward and computed again, at the rates of kernels/peaks.py; what
@@ -41,6 +44,7 @@ from torch.utils._pytree import tree_leaves
 
 from tritium.engine import allocator, graphs
 from tritium.engine.config import Config, ConfigError
+from tritium.engine.offload import STAY, Offloaded
 from tritium.engine.parallel import World
 from tritium.kernels import op, peaks
 from tritium.kernels.autograd import LAUNCHERS, NAMESPACE
@@ -53,6 +57,8 @@ if TYPE_CHECKING:
     from tritium.engine.step import MicroBatch
     from tritium.engine.train import Engine
 
+POLICIES = ("none", "selective", "every", "full", "budget", "offload")
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "int8": 2}  # of a parameter
 KINDS = ("parameters", "masters", "moments", "gradients", "activations", "logits", "temporary", "workspace", "holes")
 # how far the plan may be off: the worst error that tests and `python -m tritium.benchmarks.memory` allow it
 MARGIN = 0.10
@@ -61,6 +67,8 @@ MARGIN = 0.10
 HOLES_MARGIN = 1.0
 # bytes/s in one direction between GPUs of one board, half of what the datasheets call NVLink's bandwidth
 LINKS = {"A100": 300e9, "H100": 450e9, "H200": 450e9, "B200": 900e9}
+# bytes/s in one direction to the host, half of what the datasheets call the interconnect's bandwidth: PCIe 4 and 5
+HOST_LINKS = {"A100": 32e9, "H100": 64e9, "H200": 64e9, "B200": 64e9}
 GPUS = tuple(peak.name.split()[0].lower() for peak in peaks.PEAKS)
 
 
@@ -74,14 +82,15 @@ class OutOfMemory(RuntimeError):
 @dataclasses.dataclass(frozen=True)
 class Target:
     """Where a run is to take place. memory: bytes that it may use there on each device. rates: what it computes and
-    moves. link: bytes/s between devices in one direction. kept: on a CPU, that freed memory stays in the process
-    (engine/allocator.py), where it lies in holes."""
+    moves. link: bytes/s between devices in one direction; host_link: to the host. kept: on a CPU, that freed memory
+    stays in the process (engine/allocator.py), where it lies in holes."""
 
     machine: Machine
     memory: int
     rates: peaks.Peak
     link: float = math.inf
     kept: bool = False
+    host_link: float = math.inf
 
     @property
     def name(self) -> str:
@@ -100,7 +109,9 @@ class Target:
         triton = Machine("cuda", peak.arch).version("triton")
         packages = {"triton": triton} if triton else {}
         machine = Machine("cuda", peak.arch, f"NVIDIA {peak.name.split()[0]}", packages=packages)
-        return Target(machine, int(peak.name.split()[-2]) * 10**9, peak, LINKS[peak.name.split()[0]])
+        name = peak.name.split()[0]
+        memory = int(peak.name.split()[-2]) * 10**9
+        return Target(machine, memory, peak, LINKS[name], host_link=HOST_LINKS[name])
 
     @staticmethod
     def here(device: torch.device, dtype: torch.dtype, all_of_it: bool = False) -> Target:
@@ -112,7 +123,9 @@ class Target:
 
             free, total = torch.cuda.mem_get_info(device)
             peak = peak_of(machine)
-            return Target(machine, total if all_of_it else free, peak, LINKS.get(peak.name.split()[0], math.inf))
+            name = peak.name.split()[0]
+            links = LINKS.get(name, math.inf), HOST_LINKS.get(name, math.inf)
+            return Target(machine, total if all_of_it else free, peak, links[0], host_link=links[1])
         left = allocator.available_bytes()
         if left is None:
             raise ConfigError(
@@ -168,6 +181,14 @@ class Tracer(TorchDispatchMode):
         self._blind = True
         try:
             return graphs.like(value)
+        finally:
+            self._blind = False
+
+    def on_host(self, size: int) -> Tensor:
+        """So many bytes of the host's memory, which are none of the device's."""
+        self._blind = True
+        try:
+            return torch.empty(size, dtype=torch.uint8)
         finally:
             self._blind = False
 
@@ -266,7 +287,8 @@ class Trace:
     """What was seen of a run's start: build, then steps.
 
     sizes, kinds: of each storage. events: see Tracer. calls: (path, rows, phase) → how often a site computed in the
-    first micro-batch; phase "forward", or "backward" where it computed again. sites: by path.
+    first micro-batch; phase "forward", or "backward" where it computed again. sites: by path. host_bytes: of the host's
+    memory that is held; moved_bytes: to it and back in one micro-batch.
     """
 
     sizes: list[int]
@@ -278,6 +300,8 @@ class Trace:
     gradient_bytes: int
     update_bytes: int
     opaque: tuple[str, ...]
+    host_bytes: int = 0
+    moved_bytes: int = 0
 
     def moments(self, round_to: int = 1) -> list[tuple[str, dict[str, int]]]:
         """(phase, bytes by kind) where most is alive in each quarter of each run through a phase; so it has as many
@@ -397,8 +421,11 @@ def trace(config: Config, machine: Machine, processes: int = 1, steps: int = 1, 
         tracer.mark([list(engine.model.parameters()), list(engine.model.buffers())], "parameters")
         for group in groups:
             tracer.mark(group.params, "masters" if group.copies else "parameters")
-            tracer.mark([group.exp_avgs, group.exp_avg_sqs], "moments")
+            tracer.mark([group.exp_avgs, group.exp_avg_sqs, group.scales], "moments")
         sites = dict(_named_sites(engine))
+        offloaded = engine.model.run_block
+        if isinstance(offloaded, Offloaded):
+            offloaded.place = tracer.on_host
         if compiled:
             _replay(tracer, engine, _batch(config), machine)
         _phases(tracer, engine)
@@ -411,12 +438,15 @@ def trace(config: Config, machine: Machine, processes: int = 1, steps: int = 1, 
         leaves = [leaf for group in groups for leaf in group.leaves]
         parameters = sum(p.numel() for group in groups for p in group.params)
         copies = sum(p.nbytes for group in groups for p in group.copies)
+        moments = sum(m.nbytes for m in tree_leaves([(g.exp_avgs, g.exp_avg_sqs, g.scales) for g in groups]))
         gradients = engine.optimizer.gradient_bytes
-        del engine, batches, leaves, groups
+        host = (offloaded.host_bytes, offloaded.moved_bytes) if isinstance(offloaded, Offloaded) else (0, 0)
+        del engine, batches, leaves, groups, offloaded
     # a master and two moments read and written, the gradient read twice (norm and update), the copy written
     return Trace(
         tracer.sizes, tracer.kinds, tracer.events, dict(tracer.calls), sites, _dtype(config), gradients,
-        parameters * 24 + 2 * gradients + copies, tuple(sorted(tracer.opaque)),
+        parameters * 8 + 2 * moments + 2 * gradients + copies, tuple(sorted(tracer.opaque)),
+        *host,
     )  # fmt: skip
 
 
@@ -572,7 +602,8 @@ def workspace(machine: Machine) -> int:
 
 def seconds(config: Config, found: Trace, target: Target, processes: int = 1) -> dict[str, float]:
     """The least seconds of one optimizer step, by part: forward, backward, again (computed a second time), update,
-    accumulate (adding to gradients that are there), communicate (their sum over all processes, by a ring)."""
+    accumulate (adding to gradients that are there), communicate (their sum over all processes, by a ring), and, where
+    there is any, transfer (copies to the host and back, as far as forward and backward are shorter)."""
     micro_batches = config.train.batch_rows // (config.train.micro_rows * processes)
     parts = dict.fromkeys(("forward", "backward", "again", "update", "accumulate", "communicate"), 0.0)
     for (path, rows, phase), count in found.calls.items():
@@ -590,6 +621,9 @@ def seconds(config: Config, found: Trace, target: Target, processes: int = 1) ->
             parts["again"] += micro_batches * count * forward
     parts["update"] = found.update_bytes / target.rates.reached_copy
     parts["accumulate"] = (micro_batches - 1) * 3 * found.gradient_bytes / target.rates.reached_copy
+    if found.moved_bytes:
+        copy = micro_batches * found.moved_bytes / target.host_link
+        parts["transfer"] = max(0.0, copy - parts["forward"]) + max(0.0, copy - parts["backward"])
     parts["communicate"] = 2 * (processes - 1) / processes * found.gradient_bytes / target.link
     return parts
 
@@ -615,14 +649,19 @@ def _case(config: Config, site: CallSite, rows: int) -> Case | None:
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One setting: what it takes. bytes: the peak by kind. phase: where in the step it is reached. seconds: of a step,
-    by part (see ``seconds``)."""
+    by part (see ``seconds``). host_bytes: of the host's pinned memory."""
 
-    settings: dict[str, Any]  # fields of train
+    settings: dict[str, Any]  # fields of train, and optim's moments
     bytes: dict[str, int]
     phase: str
     seconds: dict[str, float]
     fits: bool
     opaque: tuple[str, ...] = ()
+    host_bytes: int = 0
+
+    @property
+    def moments(self) -> str:
+        return self.settings.get("moments", "fp32")
 
     @property
     def micro_rows(self) -> int:
@@ -635,6 +674,8 @@ class Row:
             return f"every {s['recompute_every']}"
         if s["recompute"] == "budget":
             return f"budget {s['recompute_budget_gb']:g} GB"
+        if s["recompute"] == "offload" and s["recompute_budget_gb"]:
+            return f"offload, {s['recompute_budget_gb']:g} GB stay"
         return s["recompute"]
 
     @property
@@ -649,8 +690,15 @@ class Row:
     def flags(self) -> str:
         """For ``tritium train``."""
         needed = {"every": "recompute_every", "budget": "recompute_budget_gb"}.get(self.settings["recompute"])
+        if self.settings["recompute"] == "offload" and self.settings["recompute_budget_gb"]:
+            needed = "recompute_budget_gb"
         names = ["recompute", *([needed] if needed else []), "micro_rows"]
-        return " ".join(f"--train.{name} {self.settings[name]}" for name in names)
+        flags = [f"--train.{name} {self.settings[name]}" for name in names]
+        if self.settings["recompute"] == "offload":
+            flags.insert(1, "--train.compile_scope block")
+        if self.moments != "fp32":
+            flags.append(f"--optim.moments {self.moments}")
+        return " ".join(flags)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -674,6 +722,7 @@ class _Look:
     held: int
     seconds: dict[str, float]
     opaque: tuple[str, ...]
+    host_bytes: int
 
 
 def _look(config: Config, target: Target, processes: int, compiled: bool) -> _Look:
@@ -682,7 +731,8 @@ def _look(config: Config, target: Target, processes: int, compiled: bool) -> _Lo
     if compiled:
         found.calls.update(trace(config, target.machine, processes).calls)
     moments = found.moments(1 if target.machine.device == "cpu" else 512)
-    return _Look(moments, held(found, target), seconds(config, found, target, processes), found.opaque)
+    times = seconds(config, found, target, processes)
+    return _Look(moments, held(found, target), times, found.opaque, found.host_bytes)
 
 
 def _layers(config: Config) -> tuple[int, int]:
@@ -698,6 +748,7 @@ def measure(config: Config, target: Target, processes: int = 1, compiled: bool =
     """What one setting takes: ``config`` (settled) as it is. compiled: as torch.compile would make it; of many layers
     two small numbers are then looked at."""
     L, (low, high) = config.model.n_layer, _layers(config)
+    compiled = compiled and config.train.recompute != "offload"  # its hooks are around blocks, which is seen eagerly
     if not compiled or low == high:
         look = _look(config, target, processes, compiled)
     else:
@@ -712,7 +763,7 @@ def measure(config: Config, target: Target, processes: int = 1, compiled: bool =
             for (phase, x), (_, y) in zip(a.moments, b.moments, strict=True)
         ]
         times = {part: line(x, b.seconds[part]) for part, x in a.seconds.items()}
-        look = _Look(moments, round(line(a.held, b.held)), times, a.opaque)
+        look = _Look(moments, round(line(a.held, b.held)), times, a.opaque, a.host_bytes)
     alive, kinds, phase = _most(look.moments)
     kinds["workspace"] = workspace(target.machine)
     kinds["holes"] = max(0, look.held - alive)
@@ -720,7 +771,9 @@ def measure(config: Config, target: Target, processes: int = 1, compiled: bool =
     settings = {
         name: getattr(t, name) for name in ("recompute", "recompute_every", "recompute_budget_gb", "micro_rows")
     }
-    return Row(settings, kinds, phase, look.seconds, fits(sum(kinds.values()), target), look.opaque)
+    settings["moments"] = config.optim.moments
+    fit = fits(sum(kinds.values()), target)
+    return Row(settings, kinds, phase, look.seconds, fit, look.opaque, look.host_bytes)
 
 
 def fits(taken: int, target: Target) -> bool:
@@ -738,17 +791,22 @@ def make(
     processes: int = 1,
     *,
     compiled: bool = False,
-    policies: Sequence[str] = ("none", "selective", "every", "full", "budget"),
+    policies: Sequence[str] | None = None,
     largest: int | None = None,
+    narrower: bool = True,
     say: Callable[[str], object] = lambda text: None,
 ) -> Plan:
     """Look at every policy with the largest micro-batch that fits under it, and the next larger one. Raises ConfigError
     and KernelError as training would.
 
-    compiled: as torch.compile would make the step; some seconds for each setting. policies: of engine.recompute;
-    "budget" gets what is left beside full recomputing, where keeping everything does not fit. largest: rows of the
-    largest micro-batch to look at.
+    compiled: as torch.compile would make the step; some seconds for each setting. policies: of engine.recompute, all by
+    default ("offload" for a GPU); "budget" gets what is left beside full recomputing, where keeping everything does not
+    fit. largest: rows of the largest micro-batch to look at. narrower: also look at what moments in fewer bits than the
+    configuration's make room for; as they change what is learned, they are chosen where nothing else fits only.
     """
+    gpu = target.machine.device == "cuda"
+    if policies is None:
+        policies = POLICIES if gpu and config.model.n_layer > STAY else POLICIES[:-1]
     config = settled(config, target.machine)
     if config.train.batch_rows % processes:
         raise ConfigError(
@@ -756,17 +814,20 @@ def make(
             f"differ; use --train.batch_rows {max(1, config.train.batch_rows // processes) * processes}"
         )
     sizes = [n for n in divisors(config.train.batch_rows // processes) if largest is None or n <= largest]
-    seen: dict[tuple[str, int], Row] = {}
+    seen: dict[tuple[str, int, str], Row] = {}
+    own: str = config.optim.moments
 
-    def at(policy: str, rows: int, **more: Any) -> Row:
-        if (policy, rows) not in seen:
-            say(f"looking at recompute={policy}, micro_rows={rows}")
-            changed = config.replace(train={"recompute": policy, "micro_rows": rows, **more})
-            seen[policy, rows] = measure(changed, target, processes, compiled)
-        return seen[policy, rows]
+    def at(policy: str, rows: int, kind: str = own, again: bool = False, **more: Any) -> Row:
+        if again or (policy, rows, kind) not in seen:
+            say(f"looking at recompute={policy}, micro_rows={rows}" + (f", moments={kind}" if kind != own else ""))
+            budget = config.train.recompute_budget_gb if config.train.recompute == policy else 0.0
+            train = {"recompute": policy, "micro_rows": rows, "recompute_budget_gb": budget, **more}
+            changed = config.replace(train=train, optim={"moments": kind})
+            seen[policy, rows, kind] = measure(changed, target, processes, compiled)
+        return seen[policy, rows, kind]
 
     first: int | None = None  # what fits under one policy is where to begin with the next
-    for policy in (p for p in policies if p != "budget"):
+    for policy in (p for p in policies if p not in ("budget", "offload")):
         if first is None and at(policy, sizes[0]).fits:  # one micro-batch, whose gradients need no sum in fp32
             first = 0
         elif first is None:
@@ -778,12 +839,34 @@ def make(
         at(policy, sizes[first])
     if "budget" in policies and "full" in policies:
         for rows in sizes:
-            none, full = seen.get(("none", rows)), seen.get(("full", rows))
+            none, full = seen.get(("none", rows, own)), seen.get(("full", rows, own))
             if full is not None and full.fits and (none is None or not none.fits):
                 budget = _budget(config, full, target)
                 at("budget", rows, recompute_budget_gb=budget)
-    found = tuple(sorted(seen.values(), key=lambda row: (policies.index(row.settings["recompute"]), -row.micro_rows)))
-    chosen = fastest(found)
+    if "offload" in policies:
+        _look_at_offload(config, target, sizes, at, [row for row in seen.values() if row.policy == "none"])
+    chosen = fastest(seen.values())
+    for kind, size in MOMENT_BYTES.items() if narrower else ():
+        if size >= MOMENT_BYTES[own]:
+            continue
+        saved = 1.0 - size / MOMENT_BYTES[own]
+        others = [
+            row
+            for row in seen.values()
+            if row.moments == own and not row.fits and fits(row.peak - round(saved * row.bytes["moments"]), target)
+        ]
+        if others:
+            row = min(others, key=lambda row: row.step_s)
+            more = {"recompute_budget_gb": row.settings["recompute_budget_gb"]}
+            at(row.settings["recompute"], row.micro_rows, kind, **more)
+    for kind in MOMENT_BYTES:  # the least change first
+        chosen = chosen or fastest(row for row in seen.values() if row.moments == kind)
+    order = {policy: i for i, policy in enumerate(policies)}
+    found = tuple(
+        sorted(
+            seen.values(), key=lambda r: (r.moments != own, order[r.settings["recompute"]], -r.micro_rows, r.moments)
+        )
+    )
     return Plan(config, target, processes, found, chosen, _why(found, chosen, target), compiled)
 
 
@@ -798,6 +881,28 @@ def _first_that_fits(sizes: Sequence[int], good: Callable[[int], bool]) -> int:
             low = middle + 1
     good(sizes[low])
     return low
+
+
+def _look_at_offload(
+    config: Config, target: Target, sizes: Sequence[int], at: Callable[..., Row], none: Sequence[Row]
+) -> None:
+    """The smallest micro-batch that does not fit with everything on the device, where least has to move, or the largest
+    that fits with offloading; then with as many of the last blocks staying as there is room for."""
+    large = [row.micro_rows for row in none if not row.fits]
+    first = sizes.index(min(large)) if large else 0
+    while first < len(sizes) - 1 and not at("offload", sizes[first]).fits:
+        first += 1
+    row = at("offload", sizes[first])
+    block = row.host_bytes / (config.model.n_layer - STAY)
+    left = target.memory / (1.0 + target.margin) - row.peak
+    more = math.floor(0.95 * left / block) if row.fits and block else 0
+    more = min(more, config.model.n_layer - STAY - 1) if config.train.recompute != "offload" else 0
+    for count in range(more, max(0, more - 3), -1):  # holes may take the room of a block
+        budget = math.ceil((STAY + count + 0.5) * block / 1e3) / 1e6  # beside what moves, small storages are kept
+        if at("offload", sizes[first], again=True, recompute_budget_gb=budget).fits:
+            return
+    if more > 0:
+        at("offload", sizes[first], again=True)
 
 
 def _budget(config: Config, full: Row, target: Target) -> float:
@@ -845,6 +950,13 @@ def _why(rows: Sequence[Row], chosen: Row | None, target: Target) -> str:
         )
     elif chosen.settings["recompute"] == "none":
         text += ": it computes nothing again"
+    if chosen.host_bytes:
+        text += f". {chosen.host_bytes / 1e9:.2f} GB lie in the host's pinned memory"
+        exposed = chosen.seconds.get("transfer", 0.0) / chosen.step_s
+        text += f"; waiting for copies is {exposed:.1%} of the step" if exposed else "; its copies hide behind the step"
+    better = [row for row in rows if row.fits and row.moments != chosen.moments and row.step_s < 0.999 * chosen.step_s]
+    for row in better:
+        text += f". With other moments, which train not quite the same: {row.flags}, {1e3 * row.step_s:.4g} ms"
     return text
 
 
@@ -860,8 +972,9 @@ def resolve(config: Config, world: World) -> tuple[Config, str]:
             target = Target.here(world.device, _dtype(settled(config, Machine.here(world.device))))
             target = dataclasses.replace(target, memory=target.memory // _sharing(world))
             made = make(
-                config, target, world.size, compiled=_compiles(config, world), policies=(config.train.recompute,)
-            )
+                config, target, world.size, compiled=_compiles(config, world), policies=(config.train.recompute,),
+                narrower=False,
+            )  # fmt: skip
         except Exception as error:  # told to all, which wait for the answer
             return 0, f"{type(error).__name__}: {error}"
         return (made.chosen.micro_rows if made.chosen else 0), made.why
@@ -921,7 +1034,7 @@ def advice(config: Config, world: World) -> str:
             this = measure(settled_config, target, world.size, compiled)
         made = make(config, target, world.size, compiled=compiled, largest=rows)
         fitting = [row for row in made.rows if this is None or row.peak < 0.95 * this.peak]
-        chosen = fastest(fitting)
+        chosen = fastest(r for r in fitting if r.moments == config.optim.moments) or fastest(fitting)
         lines = []
         if this is not None:
             kinds = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in this.bytes.items() if size > 5e6)
@@ -963,6 +1076,7 @@ def to_json(plan: Plan) -> str:
 def _row(plan: Plan, row: Row) -> dict[str, Any]:
     return {
         **row.settings, "peak_bytes": row.peak, "bytes": row.bytes, "reached_in": row.phase, "fits": row.fits,
+        "host_bytes": row.host_bytes,
         "step_s": row.step_s, "seconds": row.seconds, "tokens_per_s": plan.config.batch_tokens / row.step_s,
         "inside_not_seen": list(row.opaque),
     }  # fmt: skip
@@ -971,17 +1085,31 @@ def _row(plan: Plan, row: Row) -> dict[str, Any]:
 def text(plan: Plan) -> str:
     """The plan for a terminal: a line a setting, GB by kind; the chosen one is marked."""
     shown = [kind for kind in KINDS if any(row.bytes[kind] for row in plan.rows)]
-    head = ["", "recompute", "rows", *shown, "peak GB", "in", "ms a step", "tokens/s", ""]
+    host = any(row.host_bytes for row in plan.rows)
+    head = [
+        "",
+        "recompute",
+        "moments",
+        "rows",
+        *shown,
+        *(["on host"] if host else []),
+        "peak GB",
+        "in",
+        "ms a step",
+        "tokens/s",
+        "",
+    ]
     lines = [head]
     for row in plan.rows:
         lines.append([
-            "→" if row is plan.chosen else "", row.policy, str(row.micro_rows),
-            *(f"{row.bytes[kind] / 1e9:.2f}" for kind in shown), f"{row.peak / 1e9:.2f}", row.phase,
+            "→" if row is plan.chosen else "", row.policy, row.moments, str(row.micro_rows),
+            *(f"{row.bytes[kind] / 1e9:.2f}" for kind in shown),
+            *([f"{row.host_bytes / 1e9:.2f}"] if host else []), f"{row.peak / 1e9:.2f}", row.phase,
             f"{1e3 * row.step_s:.4g}", f"{plan.config.batch_tokens / row.step_s:,.0f}",
             "fits" if row.fits else "too much",
         ])  # fmt: skip
     width = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    left = {0, 1, len(head) - 4, len(head) - 1}
+    left = {0, 1, 2, len(head) - 4, len(head) - 1}
     table = [
         "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, width, strict=True)))
         for line in lines
@@ -1010,7 +1138,11 @@ def draw(plan: Plan, path: pathlib.Path) -> None:
     rows = list(reversed(plan.rows))
     figure = Figure(figsize=(11, 1.6 + 0.34 * len(rows)), dpi=120, layout="constrained")
     memory, times = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    names = [f"{row.policy}, {row.micro_rows} row{'s' if row.micro_rows > 1 else ''}" for row in rows]
+    names = [
+        f"{row.policy}, {row.micro_rows} row{'s' if row.micro_rows > 1 else ''}"
+        + (f", {row.moments}" if row.moments != plan.config.optim.moments else "")
+        for row in rows
+    ]
     left = [0.0] * len(rows)
     for kind in KINDS:
         sizes = [row.bytes[kind] / 1e9 for row in rows]

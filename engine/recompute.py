@@ -5,6 +5,7 @@
     every       full for every K-th block, none for the others
     selective   keep each block's input and the results of the ops named in ``keep``, compute the cheap rest again
     budget      keep, within a number of bytes, those results that take longest to compute again for their size
+    offload     compute nothing again: keep everything, in the host's memory (engine/offload.py)
 
 Selective works on what runs below the call sites: the custom ops of our kernels, which carry their op's name, and the
 aten ops that stand for an op in its reference. A reference that is several aten ops (attention, rms_norm, rope, …) and
@@ -42,7 +43,7 @@ from tritium.kernels.autograd import NAMESPACE
 from tritium.kernels.op import Op
 from tritium.kernels.site import Machine
 
-POLICIES = ("none", "full", "every", "selective", "budget")
+POLICIES = ("none", "full", "every", "selective", "budget", "offload")
 Kept = frozenset[tuple[str, int]]  # (op, its number in the block): results that a block keeps
 KEEPABLE = (
     "attention", "linear", "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "rope", "gelu", "swiglu",
@@ -85,8 +86,9 @@ def apply(
     that is to be bound must be bound before.
 
     keep: for "selective", ops whose results are kept. every: for "every", K. budget: for "budget", bytes that all
-    blocks together may keep for the backward of one micro-batch of ``rows`` rows of block_size tokens; machine: what
-    the ops' times are judged for, the model's own by default.
+    blocks together may keep for the backward of one micro-batch of ``rows`` rows of block_size tokens; for "offload",
+    bytes that the last blocks may keep on the device. machine: what the ops' times are judged for, the model's own by
+    default.
     """
     if policy not in POLICIES:
         raise ConfigError(f"train.recompute must be one of {', '.join(POLICIES)}, not {policy!r}")
@@ -118,10 +120,33 @@ def apply(
     if policy == "none":
         model.run_block = call
         return
+    if policy == "offload":
+        _offload(model, budget, rows, machine)
+        return
 
     ways = {id(own): _way(model, own) for own in chosen}
     by_layer = [ways[id(own)] for own in chosen]
     model.run_block = by_layer[0] if len(ways) == 1 else ByLayer(by_layer)
+
+
+def _offload(model: GPT, budget: int, rows: int, machine: Machine | None) -> None:
+    from tritium.engine import offload
+
+    device = model.blocks[0].mlp.down.weight.device
+    if (machine or Machine.here(device)).device != "cuda":
+        raise ConfigError(
+            f"train.recompute=offload moves to the host what lies on a GPU, and this run is on {device.type}, whose "
+            "memory is the host's: nothing would be gained. Use --train.recompute full, or budget"
+        )
+    stay = max(offload.STAY, budget // look_at(model, rows, machine).most if budget else 0)
+    if stay >= len(model.blocks):
+        raise ConfigError(
+            f"train.recompute=offload leaves the last {stay} blocks on the device and this model has "
+            f"{len(model.blocks)}: nothing would go to the host. Use --train.recompute none, or a smaller "
+            "--train.recompute_budget_gb"
+        )
+    streams = torch.cuda if device.type == "cuda" else None
+    model.run_block = offload.Offloaded(model, [call] * len(model.blocks), stay, streams)
 
 
 def _way(model: GPT, own: dict[str, Any] | None) -> Callable[..., Tensor]:
@@ -152,6 +177,10 @@ class ByLayer:
 
     def __init__(self, ways: Sequence[Callable[..., Tensor]]):
         self.ways = list(ways)
+
+    def with_ways(self, ways: Sequence[Callable[..., Tensor]]) -> ByLayer:
+        """The same with other ways."""
+        return ByLayer(ways)
 
     def __call__(self, block: Block, *args: Any) -> Tensor:
         return self.ways[block.attention.layer](block, *args)

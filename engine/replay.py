@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritium.engine import checkpoint, train
+from tritium.engine import checkpoint, moments, train
 from tritium.engine.checkpoint import Checkpoint, CheckpointError
 from tritium.engine.config import Config, ConfigError, TrainConfig, data_folder, differences
 from tritium.engine.guard import GOOD, WORDS
@@ -202,7 +202,7 @@ def _bring(engine: train.Engine, found: Checkpoint, given: Given) -> str:
             "to begin from. With --train.log_every 1 or checkpoints more often (--run.save_every) there would be"
         )
     if source == "here":
-        checkpoint.read(found, engine.state())
+        moments.read(found, engine.state())
         engine.optimizer.refresh_copies()
         return "before the step, from the dump"
     base = checkpoint.verify(found.path / checkpoint.BESIDE) if source == "checkpoint" else None
@@ -228,7 +228,7 @@ def _random_at(engine: train.Engine, base: Checkpoint | None, processes: int) ->
             found.append({_renamed(k, rank): v for k, v in checkpoint.random_state(0, device).items()})
         return found
     found = [{_renamed(k, rank): v for k, v in checkpoint.random_state(0, device).items()} for rank in range(processes)]
-    checkpoint.read(base, engine.state() | {k: v for one in found for k, v in one.items()})
+    moments.read(base, engine.state() | {k: v for one in found for k, v in one.items()})
     engine.optimizer.refresh_copies()
     return found
 
@@ -309,8 +309,11 @@ def _draw_from(random: dict[str, Tensor], rank: int, device: torch.device) -> No
 
 
 def _load(engine: train.Engine, state: dict[str, Tensor]) -> None:
-    for name, tensor in engine.state().items():
-        tensor.copy_(state[name])
+    now = engine.state()
+    moments.put(state, now)  # those of the run that is asked for may be of another kind
+    for name, tensor in now.items():
+        if name in state and state[name].dtype == tensor.dtype:
+            tensor.copy_(state[name])
     engine.optimizer.refresh_copies()
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritium.engine import allocator, bad_steps, checkpoint, compiling, metrics, plan, precision, tuned
+from tritium.engine import allocator, bad_steps, checkpoint, compiling, metrics, moments, plan, precision, tuned
 from tritium.engine.bad_steps import ROLLBACKS, BadSteps, Done, Dumps, Recent, Rollback, Seen
 from tritium.engine.capture import CapturedStep, CudaGraphs
 from tritium.engine.config import Config, ConfigError, data_folder, graphs_need_a_gpu
@@ -118,6 +118,8 @@ def build(
     if world.any(dtype == torch.float32):  # auto is measured, and all processes must compute alike
         dtype = torch.float32
     layout: str = config.train.weight_layout
+    if layout == "auto" and config.optim.moments == "int8":
+        layout = "out_in"  # its blocks' order
     if layout == "auto":
         layout = tuned.value("train.weight_layout", (machine or Machine.here(device)).arch, dtype, "out_in")
     precision.lay_out(model, layout)
@@ -126,7 +128,8 @@ def build(
     compiled = should_compile(config, device)[0] if compile is None else compile
     table = _bind([model, optimizer], config, device, dtype, compiled, machine)
     several = config.train.batch_rows > config.train.micro_rows  # micro-batches or processes, whose gradients add up
-    if config.train.flat == "true" or (config.train.flat == "auto" and world.size > 1):
+    eight_bits = config.optim.moments == "int8"  # a scale for 256 elements of one parameter
+    if config.train.flat == "true" or (config.train.flat == "auto" and world.size > 1 and not eight_bits):
         optimizer.flatten(sum_in_fp32=several)
     elif several:
         optimizer.sum_in_fp32()
@@ -376,6 +379,12 @@ def _prepare_and_run(
     if found is not None:
         if config.optim.skip_outliers and "optimizer.guard.mean" not in checkpoint.contents(found):
             reporter.note(f"{found.path} knows nothing of outliers: losses and norms are collected anew")
+        kind = moments.kind_of(checkpoint.contents(found))
+        if kind != config.optim.moments:
+            reporter.note(
+                f"{found.path} has moments in {kind} and this run keeps them in {config.optim.moments}: they are "
+                "converted once, to the nearest, and training is not to the bit what it would have been"
+            )
         step = restore(engine, found)
         position, tries = _passed_over(out, found)
         reporter.note(f"resumed from {found.path} at step {step}")
@@ -723,7 +732,7 @@ class Loop:
 @torch.no_grad()
 def _finite(state: dict[str, Tensor]) -> bool:
     """Whether every number of the weights and moments is; waits for the device."""
-    tensors = [tensor for name, tensor in state.items() if not name.startswith("optimizer.guard.")]
+    tensors = [t for name, t in state.items() if not name.startswith("optimizer.guard.") and t.is_floating_point()]
     return bool(torch.isfinite(torch.stack([torch.linalg.vector_norm(t, torch.inf) for t in tensors])).all().item())
 
 
@@ -787,7 +796,7 @@ def restore(engine: Engine, found: checkpoint.Checkpoint) -> int:
     state, stored = engine.state(), checkpoint.contents(found)
     for name in [name for name in state if name.startswith("optimizer.guard.") and name not in stored]:
         state.pop(name).zero_()  # of a checkpoint older than these
-    checkpoint.read(found, state | rng)
+    moments.read(found, state | rng)
     engine.optimizer.refresh_copies()
     if rng:
         checkpoint.set_random_state(rng, world.rank, world.device)

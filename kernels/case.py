@@ -10,7 +10,8 @@ Every op folder has a ``cases.py`` with
     exact_zeros(case, arguments) -> dict[str, Tensor]         optional: by output or "gradient of NAME", a mask of the
                                                               elements that are exactly zero (padding, ignored rows)
 
-An update op (the optimizer's) has STEPS, and its inputs() takes step=1 … STEPS.
+An update op (the optimizer's) has STEPS, and its inputs() takes step=1 … STEPS. One that mutates what stands for
+numbers in fewer bits has unpacked(arguments) -> arguments: the same with the numbers.
 """
 
 from __future__ import annotations

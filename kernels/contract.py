@@ -717,7 +717,11 @@ def _check_update(
     errors: list[Compared],
     watch: Watch | None,
 ) -> None:
-    """An update op: several steps, each from the state the one before left; what is mutated is compared after each."""
+    """An update op: several steps, each from the state the one before left; what is mutated is compared after each.
+
+    Where the op's cases can unpack what it mutates, the exact run has it so, and what is compared is that.
+    """
+    unpacked = getattr(op.cases, "unpacked", dict)
     function = _compile(backend.function, compiled)
     states: dict[str, dict[str, Any]] = {}
     runs = [("got", function, _copy), ("exact", op.reference, _wide), ("same", op.reference, _copy)]
@@ -730,7 +734,10 @@ def _check_update(
         for label, run, convert in runs:
             mine = {
                 n: v if n in op.updates and step > 1 else convert(v)
-                for n, v in {**arguments, **states.get(label, {})}.items()
+                for n, v in {
+                    **(unpacked(arguments) if label == "exact" else arguments),
+                    **states.get(label, {}),
+                }.items()
             }
             read = {n: _copy(v) for n, v in mine.items() if n not in op.updates}
             poison = _poisoned() if label == "got" and not compiled else contextlib.nullcontext()
@@ -746,9 +753,10 @@ def _check_update(
             if again is not None and not all(_same_bits(mine[n], again[n]) for n in op.updates):
                 raise _Broken(f"step {step}: two equal calls differ, and the module says DETERMINISTIC = True")
             states[label] = {n: mine[n] for n in op.updates}
+        got, same = unpacked(states["got"]), unpacked(states["same"])
         for name in op.updates:
-            for index, value in enumerate(states["got"][name]):
-                want, near = states["exact"][name][index], states["same"][name][index]
+            for index, value in enumerate(got[name]):
+                want, near = states["exact"][name][index], same[name][index]
                 errors.append(_compare(op, f"step {step}", f"{name}[{index}]", value, want, near, dtype, 0.0))
 
 

@@ -19,5 +19,9 @@ cross_entropy = Op("cross_entropy")
 linear_cross_entropy = Op("linear_cross_entropy")
 global_norm = Op("global_norm", has_gradient=False)
 adamw = Op("adamw", updates=("params", "copies", "exp_avgs", "exp_avg_sqs"))
+adamw_8bit = Op(
+    "adamw_8bit",
+    updates=("params", "copies", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales"),
+)
 
 OPS = {value.name: value for value in list(vars().values()) if isinstance(value, Op)}

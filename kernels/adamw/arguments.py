@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MOMENTS = (torch.float32, torch.bfloat16)
+
 
 def check(
     backend: str,
@@ -16,14 +18,18 @@ def check(
     device: torch.device,
     dtypes: Sequence[torch.dtype],
 ) -> None:
-    """Raise unless masters and moments are fp32, grads and copies of ``dtypes``, and all of the params' shapes on
-    ``device``. backend: for messages. Whole lists at once, since it runs every step; by element to say what is wrong.
+    """Raise unless masters are fp32, moments all fp32 or all bf16, grads and copies of ``dtypes``, and all of the
+    params' shapes on ``device``. backend: for messages. Whole lists at once, since it runs every step; by element to
+    say what is wrong.
     """
     shapes = [p.shape for p in params]
+    moments: Sequence[torch.dtype] = MOMENTS
+    if exp_avgs and exp_avgs[0].dtype in MOMENTS:
+        moments = (exp_avgs[0].dtype,)
     for what, tensors, allowed in (
         ("params", params, (torch.float32,)),
-        ("exp_avgs", exp_avgs, (torch.float32,)),
-        ("exp_avg_sqs", exp_avg_sqs, (torch.float32,)),
+        ("exp_avgs", exp_avgs, moments),
+        ("exp_avg_sqs", exp_avg_sqs, moments),
         ("grads", grads, dtypes),
         ("copies", copies, dtypes),
     ):
@@ -58,3 +64,10 @@ def _explain(
             raise ValueError(
                 f"adamw: {what}[{i}] has shape {tuple(tensor.shape)}, its param {tuple(param.shape)}; they must agree"
             )
+
+
+def narrow_moments(backend: str, option: object) -> str | None:
+    """What a backend whose moments are fp32 says to a site whose option ``moments`` is this."""
+    if option in (None, "fp32"):
+        return None
+    return f"{backend} keeps moments in fp32 and this site's are {option}; choose native on a CPU, triton or reference"

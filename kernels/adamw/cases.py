@@ -2,7 +2,7 @@
 
 Options: copies (True): there are working copies; fp32_grads (False): gradients in fp32 whatever the copies are;
 clip (1.0): grad_scale; skip (0): the step that is skipped, its gradients not finite; empty (False): one tensor has no
-elements; and the op's own beta1, beta2, eps, weight_decay.
+elements; moments ("fp32"): what they are kept in, fp32 or bf16; and the op's own beta1, beta2, eps, weight_decay.
 """
 
 import torch
@@ -25,10 +25,13 @@ CASES = (
     Case("beta2", {"K": 1, "P": 20}, {"beta2": 0.999, "weight_decay": 0.1}),
     Case("eps", {"K": 1, "P": 20}, {"eps": 1e-3, "weight_decay": 0.1}),
     Case("several_tiles", {"K": 2, "P": 70_000}, {"weight_decay": 0.1, "clip": 0.9}),
+    Case("bf16_moments", {"K": 3, "P": 131}, {"moments": "bf16", "weight_decay": 0.1}),
+    Case("bf16_moments_large", {"K": 2, "P": 10_000}, {"moments": "bf16", "skip": 2, "clip": 0.37, "beta2": 0.999}),
     *(Case(f"gpt2_{name}", {"K": K, "P": P}, {"weight_decay": 0.1}, large=True) for name, K, P in
       (("124m", 148, 50304 * 768), ("1558m", 580, 50304 * 1600))),
 )  # fmt: skip
-NOT_ARGUMENTS = ("copies", "fp32_grads", "clip", "skip", "empty")
+NOT_ARGUMENTS = ("copies", "fp32_grads", "clip", "skip", "empty", "moments")
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def shapes(case: Case) -> list[tuple[int, ...]]:
@@ -60,6 +63,8 @@ def inputs(
             torch.where(torch.arange(g.numel(), device=device).reshape(g.shape) % 3 == 0, torch.nan, g) for g in grads
         ]
     wide = torch.promote_types(dtype, torch.float32)
+    moments = MOMENTS[str(options.get("moments", "fp32"))]
+    moments = wide if moments == torch.float32 else moments
 
     def scalar(value: float) -> torch.Tensor:
         return torch.tensor(value, dtype=torch.float32, device=device)
@@ -68,8 +73,8 @@ def inputs(
         "params": [p.to(wide) for p in params],
         "copies": [p.to(dtype) for p in params] if options.get("copies", True) else [],
         "grads": grads,
-        "exp_avgs": [torch.zeros_like(p, dtype=wide) for p in params],
-        "exp_avg_sqs": [torch.zeros_like(p, dtype=wide) for p in params],
+        "exp_avgs": [torch.zeros_like(p, dtype=moments) for p in params],
+        "exp_avg_sqs": [torch.zeros_like(p, dtype=moments) for p in params],
         "lr": scalar(0.01 / step),
         "step": scalar(step),
         "grad_scale": scalar(options.get("clip", 1.0)),
@@ -93,10 +98,11 @@ def flops_backward(case: Case) -> int:
 
 
 def bytes(case: Case, dtype: torch.dtype) -> int:
-    """Read and write master and two moments in fp32, read the gradient, write the copy."""
+    """Read and write master and two moments, read the gradient, write the copy."""
     grad = 4 if case.options.get("fp32_grads") else dtype.itemsize
     copy = dtype.itemsize if case.options.get("copies", True) else 0
-    return (24 + grad + copy) * _elements(case)
+    moment = MOMENTS[str(case.options.get("moments", "fp32"))].itemsize
+    return (8 + 4 * moment + grad + copy) * _elements(case)
 
 
 def bytes_backward(case: Case, dtype: torch.dtype) -> int:

@@ -7,6 +7,7 @@ it gets a copy of them; it takes fp32 gradients for fp32 masters, which that cop
 import torch
 from torch import Tensor
 
+from tritium.kernels.adamw import arguments
 from tritium.kernels.autograd import bypass
 from tritium.kernels.lib import nvidia_apex
 from tritium.kernels.op import KernelError
@@ -67,4 +68,6 @@ def unsupported(site: Site) -> str | None:
     reason = nvidia_apex.unavailable(site, "amp_C")
     if reason is not None:
         return reason
-    return _COMPILED if site.compiled else None
+    if site.compiled:
+        return _COMPILED
+    return arguments.narrow_moments("apex's AdamW", site.options.get("moments"))

@@ -1,7 +1,7 @@
 """adamw on the CPU in C++ (adamw.cpp): one pass over all tensors, in one parallel region.
 
-Reads p, m, v, grad and writes p, m, v and the working copy: 28 bytes an element with bf16 gradients and copies. The
-memory bandwidth is the bound.
+Reads p, m, v, grad and writes p, m, v and the working copy: 28 bytes an element with bf16 gradients and copies, 20 with
+moments in bf16 too. The memory bandwidth is the bound.
 """
 
 from array import array
@@ -17,7 +17,7 @@ from tritium.kernels.site import Site
 DETERMINISTIC = True  # elements are independent
 
 _CPU = torch.device("cpu")
-_step = native.Function("adamw", "li pppppppp pppp dddd pi")
+_step = native.Function("adamw", "li pppppppp i pppp dddd pi")
 
 
 def _launch(
@@ -41,9 +41,10 @@ def _launch(
     g = native.dense(grads)
     first_chunk = array("q", bytes(8 * (len(p) + 1)))  # scratch
     tables = [native.sizes(p), *map(native.addresses, (p, s, g, m, v)), native.codes(s), native.codes(g)]
+    moments = native.DTYPES[m[0].dtype] if m else 0
     scalars = [t.to("cpu", torch.float32) for t in (lr, step, grad_scale, skip)]
     _step(
-        *(len(p), bool(copies), *(table.buffer_info()[0] for table in tables)),
+        *(len(p), bool(copies), *(table.buffer_info()[0] for table in tables), moments),
         *(*(t.data_ptr() for t in scalars), beta1, beta2, eps, weight_decay),
         *(first_chunk.buffer_info()[0], torch.get_num_threads()),
     )
@@ -71,7 +72,9 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """One step in place: params, exp_avgs, exp_avg_sqs fp32; grads and copies (or an empty list) each fp32 or bf16."""
+    """One step in place: params fp32; exp_avgs, exp_avg_sqs all fp32 or all bf16; grads and copies (or an empty list)
+    each fp32 or bf16.
+    """
     _adamw(params, copies, grads, exp_avgs, exp_avg_sqs, lr, step, grad_scale, skip, beta1, beta2, eps, weight_decay)
 
 

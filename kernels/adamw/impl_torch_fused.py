@@ -7,6 +7,7 @@ gradients are multiplied by grad_scale into fp32 temporaries, a group of tensors
 import torch
 from torch import Tensor
 
+from tritium.kernels.adamw import arguments
 from tritium.kernels.autograd import update_op
 from tritium.kernels.site import Site
 
@@ -85,4 +86,4 @@ def adamw(
 def unsupported(site: Site) -> str | None:
     if site.device not in ("cpu", "cuda"):
         return f"torch's fused AdamW runs on cpu and cuda and this site is on {site.device}; choose reference"
-    return None
+    return arguments.narrow_moments("torch's fused AdamW", site.options.get("moments"))

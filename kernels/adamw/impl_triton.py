@@ -4,7 +4,8 @@ Mathematics, per element, with g = grad·grad_scale in fp32 and t the step:
     m ← m + (1 - β1)(g - m)        v ← β2 v + (1 - β2) g²
     p ← p (1 - lr·λ) - [lr / (1 - β1ᵗ)] m / (√v / √(1 - β2ᵗ) + eps)        copy ← p, rounded
 1 - βᵗ = -expm1(t·ln β) to a few units of fp32 for any t: ln β comes from the host, where fp64 costs nothing. With a
-skip flag that is not zero no program reads or writes anything else, so every bit stays.
+skip flag that is not zero no program reads or writes anything else, so every bit stays. Moments in bf16 are computed in
+fp32 and rounded stochastically, by a hash of step, tensor and element (kernels/lib/stochastic.py).
 
 Shapes: K tensors of any sizes (empty ones too), cut into chunks of CHUNK elements, one program each, which walks its
 chunk in blocks of BLOCK. The tables of kernels/lib/triton_lists.py tell a program its tensor, offset, addresses and
@@ -13,7 +14,8 @@ the other.
 
 lr, step, grad_scale and skip are read on the device: the host waits for nothing.
 
-Bytes: 24 an element for p, m, v in fp32, read and written, plus gradient and copy: 28 with both in 16 bits. About 15
+Bytes: 24 an element for p, m, v in fp32, read and written, plus gradient and copy: 28 with both in 16 bits, and 20 with
+moments in bf16. About 15
 FLOPs an element: the bound is memory bandwidth. Nothing is saved; an update has no backward.
 """
 
@@ -32,7 +34,7 @@ from tritium.kernels.adamw import arguments
 from tritium.kernels.autograd import update_op
 from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.lib import triton_lists as lists
-from tritium.kernels.lib.triton_math import LOG2E
+from tritium.kernels.lib.triton_math import LOG2E, cut_to_bf16, mix, stream
 from tritium.kernels.site import Site
 
 DETERMINISTIC = True  # elements are independent
@@ -51,22 +53,31 @@ def _one_minus_power(log_beta, t):
 
 @triton.jit
 def _blocks(
-    P, G, M, V, COPY, codes, start, n, rest1, beta2, rest2, eps, decay, rate, unbias, grad_scale,
-    COPIES: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
+    P, G, M, V, COPY, codes, start, n, random, rest1, beta2, rest2, eps, decay, rate, unbias, grad_scale,
+    COPIES: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update n elements from ``start`` of the tensors at these addresses."""
+    """Update n elements from ``start`` of the tensors at these addresses. random: their stream, if NARROW."""
     for first in range(0, n, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
         at, mask = start + offsets, offsets < n
         p = lists.load(P, at, mask, tl.float32, FAST)
-        m = lists.load(M, at, mask, tl.float32, FAST)
-        v = lists.load(V, at, mask, tl.float32, FAST)
+        if NARROW:
+            m = lists.load(M, at, mask, tl.bfloat16, FAST)
+            v = lists.load(V, at, mask, tl.bfloat16, FAST)
+        else:
+            m = lists.load(M, at, mask, tl.float32, FAST)
+            v = lists.load(V, at, mask, tl.float32, FAST)
         g = lists.load_coded(G, codes & 3, at, mask, FAST) * grad_scale
         m += rest1 * (g - m)
         v = beta2 * v + rest2 * g * g
         p = p * decay - rate * m / (tl.sqrt(v) * unbias + eps)
-        lists.store(M, at, m, mask, tl.float32, FAST)
-        lists.store(V, at, v, mask, tl.float32, FAST)
+        if NARROW:
+            bits = mix(at.to(tl.uint32) ^ random)
+            lists.store(M, at, cut_to_bf16(m, bits & 0xFFFF), mask, tl.bfloat16, FAST)
+            lists.store(V, at, cut_to_bf16(v, bits >> 16), mask, tl.bfloat16, FAST)
+        else:
+            lists.store(M, at, m, mask, tl.float32, FAST)
+            lists.store(V, at, v, mask, tl.float32, FAST)
         lists.store(P, at, p, mask, tl.float32, FAST)
         if COPIES:
             lists.store_coded(COPY, codes >> 2, at, p, mask, FAST)
@@ -76,7 +87,7 @@ def _blocks(
 def _update(
     OWNERS, LAYOUT, ADDRESSES, K, LR, STEP, GRAD_SCALE, SKIP,
     log_beta1, log_beta2, rest1, beta2, rest2, eps, weight_decay,
-    COPIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    COPIES: tl.constexpr, NARROW: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(SKIP) == 0:
         tensor, start, left, codes = lists.piece(OWNERS, LAYOUT, K, tl.program_id(0), CHUNK)
@@ -92,16 +103,17 @@ def _update(
         rate = lr / _one_minus_power(log_beta1, t)
         unbias = 1 / tl.sqrt(_one_minus_power(log_beta2, t))
         grad_scale = tl.load(GRAD_SCALE)
+        random = stream(t, tensor, start)
         if (left >= CHUNK) & (((P | G | M | V | COPY) & 15) == 0):
             _blocks(
-                P, G, M, V, COPY, codes, start, CHUNK, rest1, beta2, rest2, eps, decay, rate, unbias, grad_scale,
-                COPIES, True, BLOCK,
+                P, G, M, V, COPY, codes, start, CHUNK, random, rest1, beta2, rest2, eps, decay, rate, unbias,
+                grad_scale, COPIES, NARROW, True, BLOCK,
             )  # fmt: skip
         else:
             n = tl.minimum(left, CHUNK).to(tl.int32)
             _blocks(
-                P, G, M, V, COPY, codes, start, n, rest1, beta2, rest2, eps, decay, rate, unbias, grad_scale,
-                COPIES, False, BLOCK,
+                P, G, M, V, COPY, codes, start, n, random, rest1, beta2, rest2, eps, decay, rate, unbias,
+                grad_scale, COPIES, NARROW, False, BLOCK,
             )  # fmt: skip
 
 
@@ -125,8 +137,8 @@ def config() -> Config:
 
 
 @cache
-def _constants(tile: Config, copies: bool) -> launch.Constants:
-    return launch.constants(COPIES=copies, **tile._asdict())
+def _constants(tile: Config, copies: bool, narrow: bool) -> launch.Constants:
+    return launch.constants(COPIES=copies, NARROW=narrow, **tile._asdict())
 
 
 def _launch(
@@ -162,7 +174,7 @@ def _launch(
     table = lists.tables(ours, coded=(1, 4) if copies else (1,), chunk=tile.CHUNK)
     with launch.on_device(params[0]):
         _update_kernel(
-            (table.chunks,), _constants(tile, bool(copies)),
+            (table.chunks,), _constants(tile, bool(copies), exp_avgs[0].dtype == torch.bfloat16),
             table.owners, table.layout, table.addresses, table.tensors, lr, step, grad_scale, skip,
             _log(beta1), _log(beta2), 1 - beta1, beta2, 1 - beta2, eps, weight_decay,
         )  # fmt: skip
@@ -197,7 +209,8 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """One step in place: params, exp_avgs, exp_avg_sqs fp32; grads and copies (or an empty list) each fp32, bf16, fp16.
+    """One step in place: params fp32; exp_avgs, exp_avg_sqs all fp32 or all bf16; grads and copies (or an empty list)
+    each fp32, bf16, fp16.
 
     lr, step, grad_scale, skip: () fp32 on the params' device.
     """

@@ -9,14 +9,16 @@ from tritium.benchmarks import memory
 from tritium.engine import plan
 
 SEED = 0
-QUICK = (0, 1, 2)
+QUICK = ((0, "fp32"), (1, "bf16"), (2, "int8"))
 drawn = functools.cache(memory.draw)
 
 
-@pytest.mark.parametrize("number", QUICK)
-def test_the_plan_is_what_a_process_takes(number):
-    found = memory.compare(drawn(SEED, number))
+@pytest.mark.parametrize(("number", "moments"), QUICK)
+def test_the_plan_is_what_a_process_takes(number, moments):
+    found = memory.compare(drawn(SEED, number).replace(optim={"moments": moments}))
     assert abs(found.error) <= plan.MARGIN, found
+    if moments != "fp32":
+        assert found.bytes["moments"] < 0.6 * memory.planned(drawn(SEED, number))[1]["moments"]
 
 
 @pytest.mark.full

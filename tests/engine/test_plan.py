@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -43,6 +44,52 @@ def test_what_stays_is_what_the_formula_says():
     assert kinds["moments"] == 8 * (NARROW + WIDE)
     fp32 = of(precision="fp32").peak()[1]
     assert (fp32["parameters"], fp32["masters"]) == (4 * (NARROW + WIDE), 0)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_moments_in_fewer_bits_are_counted(kind):
+    """And what the update moves: each is read and written."""
+    config = plan.settled(SMALL.replace(optim={"moments": kind}), CPU)
+    found = plan.trace(config, CPU)
+    every, vectors = NARROW + WIDE, L * 9 * C + (2 * L + 1) * 2 * C
+    scales = sum(-(-n // 256) for n in (V * C, T * C, *L * (3 * C * C, C * C, 4 * C * C, 4 * C * C)))
+    size = {"bf16": 4 * every, "int8": 2 * (every - vectors) + 8 * scales + 8 * vectors}[kind]
+    assert found.peak()[1]["moments"] == size
+    assert found.update_bytes == 8 * every + 2 * size + 2 * found.gradient_bytes + 2 * NARROW
+
+
+OFFLOAD = {"recompute": "offload", "compile_scope": "block"}
+
+
+def test_offload_leaves_the_device_by_what_lies_on_the_host():
+    """Of 6 blocks 4 go; at the peak two of the four are on the device, on their way, or all are gone."""
+    config = SMALL.replace(model={"n_layer": 6, "block_size": 128}, train={"precision": "bf16"})
+    none = plan.trace(plan.settled(config, GPU.machine), GPU.machine)
+    found = plan.trace(plan.settled(config.replace(train=OFFLOAD), GPU.machine), GPU.machine)
+    assert none.host_bytes == none.moved_bytes == 0
+    assert found.host_bytes == found.moved_bytes > 0, "one micro-batch: every place is used once"
+    one = found.moved_bytes / 4
+    ends = []
+    for trace in (none, found):
+        forward = next(i for i, (_, phase) in enumerate(trace.events) if phase == "backward")
+        ends.append(sum(math.copysign(trace.sizes[abs(n) - 1], n) for n, _ in trace.events[:forward]))
+    assert ends[0] - ends[1] == found.moved_bytes
+    assert none.peak()[0] - found.peak()[0] >= 1.9 * one
+    two = plan.trace(plan.settled(config.replace(train={**OFFLOAD, "batch_rows": 2 * B}), GPU.machine), GPU.machine)
+    assert two.host_bytes == found.host_bytes, "used again"
+    assert found.calls == none.calls, "nothing is computed again"
+
+
+def test_copies_take_time_where_the_step_is_shorter():
+    config = plan.settled(SMALL.replace(model={"n_layer": 4, "block_size": 128}, train=OFFLOAD), GPU.machine)
+    found = plan.trace(config, GPU.machine)
+    parts = plan.seconds(config, found, GPU)
+    copy = found.moved_bytes / plan.HOST_LINKS["H100"]
+    assert copy > max(parts["forward"], parts["backward"]), "so small a model computes faster than it copies"
+    assert parts["transfer"] == pytest.approx(2 * copy - parts["forward"] - parts["backward"])
+    quick = dataclasses.replace(GPU, host_link=1e30)
+    assert plan.seconds(config, found, quick)["transfer"] == 0.0
+    assert "transfer" not in plan.seconds(config, dataclasses.replace(found, moved_bytes=0), GPU)
 
 
 def test_kinds_add_up_to_the_peak():
@@ -302,12 +349,64 @@ def test_a_plan_looks_at_every_policy_and_fills_a_budget():
     assert made.chosen in made.rows and made.chosen.fits
     assert made.chosen.peak * (1 + plan.MARGIN) <= target.memory
     for policy in ("none", "selective", "every", "full"):
-        fitting = [r.micro_rows for r in made.rows if r.settings["recompute"] == policy and r.fits]
-        larger = [r.micro_rows for r in made.rows if r.settings["recompute"] == policy and not r.fits]
+        of_policy = [r for r in made.rows if r.settings["recompute"] == policy and r.moments == "fp32"]
+        fitting = [r.micro_rows for r in of_policy if r.fits]
+        larger = [r.micro_rows for r in of_policy if not r.fits]
         assert max(fitting) == 16 or min(larger) == 2 * max(fitting)
     assert made.chosen.flags in made.why
+    assert {row.moments for row in made.rows if row.moments != "fp32"} <= {"bf16", "int8"}
     nothing = plan.make(SMALL, _target(1000))
     assert nothing.chosen is None and "nothing fits" in nothing.why and "the least is" in nothing.why
+
+
+def test_narrower_moments_are_offered_and_chosen_only_where_nothing_else_fits():
+    config = SMALL.replace(model={"n_embd": 256, "n_head": 4})
+    sizes = {}
+    for kind in ("fp32", "bf16"):
+        settled = plan.settled(config.replace(train={"recompute": "none"}, optim={"moments": kind}), CPU)
+        sizes[kind] = plan.measure(settled, _target(1)).peak
+    target = _target(int(1.02 * (1 + plan.MARGIN) * sizes["bf16"]))
+    assert not plan.fits(sizes["fp32"], target)
+    made = plan.make(config, target, policies=("none", "full"))
+    offered = [row for row in made.rows if row.moments != "fp32"]
+    assert {row.moments for row in offered} == {"bf16", "int8"} and all(row.fits for row in offered)
+    least = [row for row in made.rows if row.moments == "fp32" and row.fits]
+    assert made.chosen.moments == ("fp32" if least else "bf16")
+    assert all(f"--optim.moments {row.moments}" in row.flags for row in offered)
+    assert "bf16" in plan.text(made) and json.loads(plan.to_json(made))["rows"][-1]["moments"] in ("bf16", "int8")
+    tight = dataclasses.replace(target, memory=int(0.9 * target.memory))
+    only = plan.make(config.replace(train={"batch_rows": 1, "micro_rows": 1}), tight, policies=("none",))
+    if not any(row.fits and row.moments == "fp32" for row in only.rows):
+        assert only.chosen is None or only.chosen.moments != "fp32"
+    assert not [r for r in plan.make(config, target, policies=("none",), narrower=False).rows if r.moments != "fp32"]
+
+
+def test_offload_is_looked_at_for_a_gpu_only():
+    config = SMALL.replace(model={"n_layer": 4, "block_size": 256}, train={"batch_rows": 16})
+    settled = plan.settled(config.replace(train={**OFFLOAD, "micro_rows": 16}), GPU.machine)
+    target = dataclasses.replace(GPU, memory=int(1.12 * plan.measure(settled, GPU).peak))
+    made = plan.make(config, target)
+    of_offload = [r for r in made.rows if r.settings["recompute"] == "offload"]
+    row = next(r for r in of_offload if r.micro_rows == 16)
+    assert row.fits and not any(r.fits and r.micro_rows == 16 for r in made.rows if r.policy == "none")
+    assert row.host_bytes > 0 and row.flags.startswith("--train.recompute offload --train.compile_scope block")
+    assert "on host" in plan.text(made) and "transfer" in row.seconds
+    assert not [r for r in plan.make(SMALL, _target(10**9)).rows if r.settings["recompute"] == "offload"]
+
+
+@pytest.mark.full
+def test_with_more_room_more_blocks_stay_and_less_has_to_move():
+    deep = SMALL.replace(model={"n_layer": 8, "block_size": 256}, train={"batch_rows": 16})
+    settled = plan.settled(deep.replace(train={**OFFLOAD, "micro_rows": 16}), GPU.machine)
+    least = plan.measure(settled, GPU)
+    room = (1 + plan.MARGIN) * (least.peak + 4.2 * least.host_bytes / 6 / 0.95)
+    (more,) = [
+        r
+        for r in plan.make(deep, dataclasses.replace(GPU, memory=int(room))).rows
+        if r.settings["recompute"] == "offload" and r.micro_rows == 16 and r.moments == "fp32"
+    ]
+    assert more.fits and more.policy.startswith("offload, ") and more.host_bytes < least.host_bytes
+    assert "--train.recompute_budget_gb" in more.flags and more.step_s < least.step_s
 
 
 def _target(memory: int) -> plan.Target:

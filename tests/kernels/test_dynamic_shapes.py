@@ -33,6 +33,7 @@ SHAPES = {
     "linear_cross_entropy": {"N": 7, "C": 64, "V": 100, "Vp": 128},
     "global_norm": {"K": 3, "P": 409},
     "adamw": {"K": 3, "P": 409},
+    "adamw_8bit": {"K": 3, "P": 409},
 }
 VARY = ("B", "T", "Tq", "Tk", "N", "P")  # what changes from batch to batch; the rest is the model's
 STEPS = (0, 4, 8, 12)

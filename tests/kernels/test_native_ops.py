@@ -359,8 +359,8 @@ def test_adamw_updates_tensors_of_any_stride():
     [
         ({"grads": []}, ValueError, "one of grads for each of the 1 params; there are 0"),
         ({"grads": [torch.ones(4, 3)]}, ValueError, r"grads\[0\] has shape \(4, 3\), its param \(3, 4\)"),
-        ({"exp_avgs": [torch.ones(3, 4).bfloat16()]}, TypeError,
-        r"exp_avgs in float32 .*exp_avgs\[0\] is torch.bfloat16"),
+        ({"exp_avgs": [torch.ones(3, 4).half()]}, TypeError,
+        r"exp_avgs in float32 or bfloat16 .*exp_avgs\[0\] is torch.float16"),
         ({"copies": [torch.ones(3, 4).half()]}, TypeError, r"copies in float32 or bfloat16 .*torch.float16"),
     ],
 )  # fmt: skip

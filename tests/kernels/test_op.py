@@ -80,6 +80,7 @@ def test_every_op_has_a_reference_of_its_name_and_cases():
     assert list(ops.OPS) == [
         "linear", "embedding", "attention", "attention_lse", "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm",
         "rope", "gelu", "swiglu", "geglu", "relu2", "cross_entropy", "linear_cross_entropy", "global_norm", "adamw",
+        "adamw_8bit",
     ]  # fmt: skip
     for name, op in ops.OPS.items():
         assert op.reference.__name__ == name

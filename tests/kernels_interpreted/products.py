@@ -58,7 +58,10 @@ PRODUCTS: dict[str, dict[str, tuple]] = {
                              "chunk": (0, 4), "master": (True, False)},
     "global_norm": {"K": (0, 1, 5), "P": (1, 130, 9000), "scale": (1.0, 1e-12, 1e12)},
     "adamw": {"K": (0, 1, 5), "P": (1, 130, 9000), "copies": (True, False), "fp32_grads": (False, True),
-              "clip": (1.0, 0.3), "skip": (0, 2), "weight_decay": (0.0, 0.1), "eps": (1e-8, 1e-6)},
+              "clip": (1.0, 0.3), "skip": (0, 2), "weight_decay": (0.0, 0.1), "eps": (1e-8, 1e-6),
+              "moments": ("fp32", "bf16")},
+    "adamw_8bit": {"K": (0, 1, 5), "P": (1, 300, 5000), "copies": (True, False), "fp32_grads": (False, True),
+                   "clip": (1.0, 0.3), "skip": (0, 2), "weight_decay": (0.0, 0.1)},
 }  # fmt: skip
 SHAPES = {"T": ("Tq", "Tk"), "heads": ("H", "G"), "DR": ("D", "R"), "V": ("V", "Vp")}
 

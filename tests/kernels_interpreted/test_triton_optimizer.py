@@ -206,7 +206,8 @@ def test_the_host_waits_for_nothing():
     [
         ({"params": [random(4).double()]}, TypeError, "float64"),
         ({"grads": [random(4).double()]}, TypeError, r"grads\[0\] is torch.float64"),
-        ({"exp_avgs": [random(4).bfloat16()]}, TypeError, r"exp_avgs\[0\]"),
+        ({"exp_avgs": [random(4).half()]}, TypeError, r"exp_avgs\[0\]"),
+        ({"exp_avgs": [random(4).bfloat16()]}, TypeError, r"needs exp_avg_sqs in bfloat16"),
         ({"grads": [random(5)]}, ValueError, r"grads\[0\] has shape \(5,\)"),
         ({"copies": [random(4), random(4)]}, ValueError, "one of copies"),
         ({"lr": torch.tensor(0.1, dtype=torch.float64)}, ValueError, "lr on the device"),
