@@ -2,8 +2,9 @@
 
 A training step allocates and frees the same large tensors again and again. glibc gets each block of 128 KiB to 32 MiB
 and more from the kernel by mmap and returns it when it is freed, so every step pays for page faults and for zeroing the
-pages anew: 15 to 25 % of a step of GPT-2 124M on two cores (docs/log.md, 2026-11-24). This is what peers reach with an
-environment variable or another allocator; here it is part of training on a CPU. It imports the standard library alone.
+pages anew: 15 to 25 % of a step of GPT-2 124M on two cores (docs/log.md, 2026-11-24). And what stays lies in huge pages,
+where Linux gives them to who asks: another 2 % (2026-11-29). This is what peers reach with environment variables or
+another allocator; here it is part of training on a CPU. It imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from collections.abc import Iterator
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _KEEP = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
 _DEFAULTS = ((_MMAP_MAX, 65536), (_TRIM_THRESHOLD, 128 * 1024))
+_HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_OVERCOMMIT = pathlib.Path("/proc/sys/vm/overcommit_memory")
+_MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 << 20  # linux/mman.h; of x86-64, and of no harm where they are of another size
+_RESERVE_MAX = 64 << 30
 _USERS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
 
 
@@ -47,12 +52,40 @@ def freed_memory_kept(on: bool = True) -> Iterator[bool]:
         return
     libc = ctypes.CDLL(None)
     done = [libc.mallopt(parameter, value) for parameter, value in _KEEP]
+    ask_for_huge_pages(libc)
     try:
         yield all(done)
     finally:
         for parameter, value in _DEFAULTS:
             libc.mallopt(parameter, value)
         libc.malloc_trim(0)
+
+
+def ask_for_huge_pages(libc: ctypes.CDLL) -> bool:
+    """Ask the kernel to back the heap with huge pages, as far as it goes now and as it will grow: half of what is
+    available is added to it, as addresses that take no memory until they are used. Returns whether it was asked.
+
+    Call it once freed memory is kept, or the heap shrinks again. Not done where the kernel gives none to who asks, nor
+    where addresses count: under strict overcommit, or a limit on address space or data.
+    """
+    try:
+        if "[madvise]" not in _HUGE_PAGES.read_text() or _OVERCOMMIT.read_text().strip() == "2":
+            return False
+    except OSError:
+        return False
+    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
+        return False
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.free(libc.malloc(min((available_bytes() or 0) // 2, _RESERVE_MAX)))
+    for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith("[heap]"):
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            begin = -(-begin // _HUGE_PAGE) * _HUGE_PAGE
+            return end - begin >= _HUGE_PAGE and libc.madvise(begin, end - begin, _MADV_HUGEPAGE) == 0
+    return False
 
 
 def _status_bytes(field: str) -> int | None:

@@ -50,6 +50,50 @@ def test_freed_memory_is_kept_inside_and_given_back_afterwards():
     assert returned_kib > 60 << 10
 
 
+HUGE = """
+import pathlib, resource, sys
+import torch
+from tritium.engine import allocator
+
+def heap(field):
+    sizes, inside = 0, False
+    for line in open("/proc/self/smaps"):
+        if "-" in line.split()[0]:
+            inside = line.rstrip().endswith("[heap]")
+        elif inside and line.startswith(field + ":"):
+            sizes += int(line.split()[1]) << 10
+    return sizes
+
+if len(sys.argv) > 1:
+    resource.setrlimit(resource.RLIMIT_DATA, (1 << 36, 1 << 36))
+before = allocator.resident_bytes()
+with allocator.freed_memory_kept():
+    grown = allocator.resident_bytes() - before
+    tensors = [torch.ones(1 << 18) for _ in range(256)]
+    print(heap("AnonHugePages"), grown, heap("Size"))
+"""
+
+
+def huge(*arguments, **environment):
+    clean = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", *allocator._USERS)}
+    command = [sys.executable, "-P", "-c", HUGE, *arguments]
+    said = subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True).stdout
+    return [int(part) for part in said.split()]
+
+
+def test_what_is_kept_lies_in_huge_pages_where_linux_gives_them_and_takes_no_memory_before_it_is_used():
+    """256 MiB in tensors of 1 MiB, each smaller than a huge page."""
+    enabled, overcommit = allocator._HUGE_PAGES, allocator._OVERCOMMIT
+    given = enabled.exists() and "[madvise]" in enabled.read_text() and overcommit.read_text().strip() != "2"
+    pages, grown, size = huge()
+    assert grown < 32 << 20
+    if given and allocator.why_not() is None:
+        assert pages > 128 << 20 and size > 1 << 30
+        limited, _, size = huge("limited")
+        assert limited < 32 << 20 and size < 1 << 30
+    assert huge(MALLOC_TRIM_THRESHOLD_="1000000")[0] < 32 << 20  # what the user set stays
+
+
 LIMITED = """
 import resource
 from tritium.engine import allocator
