@@ -2,7 +2,7 @@
 
 A training step allocates and frees the same large tensors again and again. glibc gets each block of 128 KiB to 32 MiB
 and more from the kernel by mmap and returns it when it is freed, so every step pays for page faults and for zeroing the
-pages anew: 15 to 25 % of a step of GPT-2 124M on two cores (docs/log.md, 2026-11-24). And what stays lies in huge pages,
+pages anew: 15 to 25 % of a step of GPT-2 124M on two cores (docs/log.md, 2026-11-24). What is kept lies in huge pages,
 where Linux gives them to who asks: another 2 % (2026-11-29). This is what peers reach with environment variables or
 another allocator; here it is part of training on a CPU. It imports the standard library alone.
 """
