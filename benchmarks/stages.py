@@ -105,13 +105,16 @@ def run(
 
 def stop_on_signals() -> None:
     """Let SIGTERM (of a job's end) and SIGHUP (of a connection's) stop a run as Ctrl-C does: without, what it has
-    started would live on, and no table or archive be made."""
-
-    for number in SIGNALS:
+    started would live on, and no table or archive be made. One that is ignored stays so: ``nohup`` asks for that."""
+    for number in _heeded():
         signal.signal(number, _stop)
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+def _heeded() -> list[signal.Signals]:
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _stop(number: int, frame: object) -> None:
@@ -125,7 +128,7 @@ def ended_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _stop) for number in SIGNALS}
+    before = {number: signal.signal(number, _stop) for number in _heeded()}
     try:
         yield
     finally:
@@ -172,13 +175,15 @@ def _run(stage: Stage, out: pathlib.Path, limit_s: float) -> Outcome:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ask a stage to end, so that it removes its temporary files, and kill what is left of it and its children."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=GRACE_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=GRACE_S)
+    finally:  # also where a second Ctrl-C does not wait: its session is its own, and nobody else would end it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _bytes(path: pathlib.Path) -> int:

@@ -162,6 +162,40 @@ def test_handlers_of_signals_are_given_back():
     assert ran == [1]
 
 
+NOHUP = """
+import os, signal
+from tritium.benchmarks import stages
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with stages.ended_by_signals():
+    os.kill(os.getpid(), signal.SIGHUP)
+stages.stop_on_signals()
+os.kill(os.getpid(), signal.SIGHUP)
+print("went on")
+"""
+
+
+def test_under_nohup_a_connection_that_ends_stops_nothing():
+    done = subprocess.run([sys.executable, "-P", "-c", NOHUP], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
+
+
+def test_a_second_ctrl_c_leaves_no_stage_behind(tmp_path):
+    """The stage hears no SIGTERM, as one that waits for a kernel which hangs."""
+    pid_file = tmp_path / "pid"
+    deaf = f"""
+import os, pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(1.0)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(600)
+"""
+    (outcome,) = run(tmp_path / "out", planted(tmp_path / "out", "deaf", deaf))
+    assert (outcome.status, outcome.detail) == ("failed", stages.STOPPED)
+    assert wait_until_gone(int(pid_file.read_text()))
+
+
 def test_ctrl_c_ends_the_stage_and_leaves_the_rest(tmp_path):
     stops = planted(tmp_path, "stops", "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)")
     start = time.monotonic()
