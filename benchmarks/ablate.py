@@ -1092,17 +1092,17 @@ def verdict(ratio: Mapping[str, float] | None, resolution: float) -> str:
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def save(result: dict[str, Any], path: pathlib.Path) -> list[pathlib.Path]:
-    """Write the record and beside it the picture and the page; returns the three paths. RecordError, and nothing is
-    written, when the record does not fit its schema."""
-    record.write(result, SCHEMA, path)
+def save(result: dict[str, Any], path: pathlib.Path) -> str:
+    """Write the record and beside it the picture and the page; returns the three paths, and which record this replaced.
+    RecordError, and nothing is written, when the record does not fit its schema."""
+    replaced = record.write(result, SCHEMA, path)
     picture = ablate_results.draw(result)
     written = [path, path.with_suffix(".png"), path.with_suffix(".html")]
     for target, content in zip(written[1:], (picture, ablate_results.page(result, picture).encode()), strict=True):
         temporary = target.with_suffix(".tmp")
         temporary.write_bytes(content)
         os.replace(temporary, target)
-    return written
+    return ", ".join(map(str, written)) + replaced
 
 
 def parser() -> argparse.ArgumentParser:
@@ -1316,7 +1316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"{a.preset}: {error}")
         return 1
     print(f"\n{ablate_results.text(result)}\n", flush=True)  # before the disk has a say in it
-    print(f"written: {', '.join(map(str, save(result, path)))}", flush=True)
+    print(f"written: {save(result, path)}", flush=True)
     status = int(not all(check["ok"] for check in result["checks"]))
     chosen = [axis.op for axis in request.axes if axis.op is not None and axis.field != "kernels.override"]
     for op in dict.fromkeys(chosen) if a.write_tuning else ():

@@ -566,12 +566,13 @@ def verdict(result: dict[str, Any]) -> str:
     )
 
 
-def save(result: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
-    """Write the record, and beside it the tables of all throughput records of the folder (throughput.md)."""
+def save(result: dict[str, Any], folder: pathlib.Path) -> str:
+    """Write the record, and beside it the tables of all throughput records of the folder (throughput.md); returns its
+    path, and which one it replaced."""
     settings = result["settings"]
     name = re.sub(r"\W+", "_", settings["preset"])
     path = folder / f"throughput_{name}_T{settings['T']}_B{settings['B']}.json"
-    record.write(result, SCHEMA, path)
+    replaced = record.write(result, SCHEMA, path)
     tables = []
     for other in sorted(folder.glob("throughput_*.json")):
         try:
@@ -581,7 +582,7 @@ def save(result: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
                 raise
             _say(f"{other} is left out of throughput.md, it is damaged: {type(error).__name__}: {error}")
     (folder / "throughput.md").write_text("\n\n".join(tables) + "\n")
-    return path
+    return f"{path}{replaced}"
 
 
 def results_folder(result: dict[str, Any]) -> pathlib.Path:

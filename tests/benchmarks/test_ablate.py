@@ -282,6 +282,16 @@ def test_an_ablation_leaves_record_picture_and_page(tmp_path, capsys):
     assert status == int(not all(check["ok"] for check in result["checks"])) == 0
 
 
+def test_what_a_record_is_written_over_is_said(tmp_path):
+    committed = next(pathlib.Path(record.ROOT, "benchmarks", "results", "cpu").glob("ablate_tiny_T256*.json"))
+    result = record.read(committed)
+    assert ablate.save(result, tmp_path / "a.json").endswith("a.html")
+    when = result["date"][:16].replace("T", " ")
+    assert f"a.html, in place of that of {when}, commit {result['commit'][:10]}" in ablate.save(
+        result, tmp_path / "a.json"
+    )
+
+
 class Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

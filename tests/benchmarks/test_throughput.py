@@ -36,6 +36,7 @@ def run(tmp_path, *more):
 
 def test_a_comparison_leaves_a_record_and_a_table(tmp_path, capsys):
     (tmp_path / "throughput_damaged.json").write_text("{")  # costs the table its own lines
+    (tmp_path / "throughput_few_T16_B2.json").write_text("{}")  # that it is written over is said
     assert run(tmp_path, "--screening-steps", "0") == 0
     (tmp_path / "throughput_damaged.json").unlink()
     result = json.loads((tmp_path / "throughput_few_T16_B2.json").read_text())
@@ -72,6 +73,7 @@ def test_a_comparison_leaves_a_record_and_a_table(tmp_path, capsys):
     table, (shown, said) = (tmp_path / "throughput.md").read_text(), capsys.readouterr()
     assert "throughput_damaged.json is left out of throughput.md" in said
     assert table.strip() in shown
+    assert "throughput_few_T16_B2.json, in place of a file that was no record" in shown
     assert f"| **{ours}** |" in table
     assert "lower bound is" in shown
     reason = (
