@@ -599,7 +599,9 @@ def _say(text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="tritium bench peers", description="Training throughput against other implementations of the same model."
+        prog="tritium bench peers",
+        allow_abbrev=False,
+        description="Training throughput against other implementations of the same model.",
     )
     made.add_argument("presets", nargs="*", metavar="PRESET", help="presets to compare (default: gpt2_124m tiny)")
     made.add_argument("--T", type=int, help="tokens in a row (default: by preset, 256 on a CPU)")

@@ -404,6 +404,7 @@ def test_kernels_that_cannot_be_had_end_it_with_the_reason(tmp_path, monkeypatch
     [
         (["fwe"], "no preset 'fwe'; the nearest are few, "),
         (["few", "--roundz", "3"], "no flag '--roundz'; the nearest are --rounds, "),
+        (["few", "--prec", "fp32"], "no flag '--prec'; the nearest are --precision, "),  # a record's command names it
         (["few", "--T", "0"], "--T must be at least 1; it is 0"),
         (["few", "--B", "-2"], "--B must be at least 1; it is -2"),
         (["few", "--screening-steps", "-1"], "--screening-steps must be at least 0; it is -1"),
