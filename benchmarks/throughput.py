@@ -317,8 +317,10 @@ class _Run:
 
             def begin(name: str, variant: peers.Variant | None) -> dict[str, Any]:
                 start = _Start(name, variant, f"compiled_{self.spawned}")
-                arm = stack.enter_context(self.process(name, variant, start.cache))
-                fact = self.begin(arm, fit)
+                with contextlib.ExitStack() as own:
+                    arm = own.enter_context(self.process(name, variant, start.cache))
+                    fact = self.begin(arm, fit)
+                    stack.push(own.pop_all())
                 key = f"{name}: {fact['variant']}" + (f" [{fit.words}]" if fit.words else "")
                 arms[key], facts[key], starts[key] = arm, fact, start
                 _say(f"{key}: first step done after {fact['startup_s']:.1f} s, losses {fact['losses']}")
@@ -328,6 +330,7 @@ class _Run:
             ours = begin(OURS, None)
             free -= next(iter(arms.values())).memory_bytes()
             chosen = {name: self.screen(name, fit, ours, screening_steps) for name in names}
+            broken: dict[str, str] = {}
             # the fastest of each peer first: what follows may find no room, and a system that is out of memory kills
             for row in itertools.zip_longest(*chosen.values()):
                 for name, variant in zip(chosen, row, strict=True):
@@ -335,8 +338,16 @@ class _Run:
                     if variant is not None and need > free:
                         self.leave_out(name, variant, need, free, any(f["peer"] == name for f in facts.values()))
                     elif variant is not None:
-                        require_alike(ours, begin(name, variant))
+                        try:
+                            fact = begin(name, variant)
+                        except ArmError as error:  # it costs itself, as in the screening
+                            _say(f"{name}: {variant}: not compared: {error}")
+                            broken[name] = f"{variant}: {error}"
+                            continue
+                        require_alike(ours, fact)
                         free -= need or list(arms.values())[-1].memory_bytes()
+            compared = {fact["peer"] for fact in facts.values()}
+            self.failed |= {name: why for name, why in broken.items() if name not in compared}
             if len(arms) == 1:
                 return {}, {}
             if restarts == 1:
@@ -376,7 +387,7 @@ class _Run:
                         self.begin_again(key, arms[key], facts[key], fit)
                     taken.append(self.time(arms, facts, rounds))
             except ArmError as error:
-                if not taken:
+                if len(taken) * rounds < 2:  # of one round there is no interval
                     raise
                 for key, before in warm_ups.items():
                     facts[key]["warm_up"] = before

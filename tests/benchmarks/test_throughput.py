@@ -354,9 +354,36 @@ def test_a_restart_that_fails_leaves_those_before_it(tmp_path, monkeypatch, caps
     shown = capsys.readouterr()
     assert f"few has fewer restarts than were asked for: {said}." in shown.out
     assert f"{said}; the 2 before it are kept" in shown.err
+    monkeypatch.setattr(Deviating, "started", [("", "", 0)] * 3)
+    with pytest.raises(record.RecordError):  # nothing to make an interval of
+        run_with(tmp_path / "none", "textbook,huggingface", "--B", "2", "--restarts", "3", "--rounds", "1")
+    assert "few: textbook ended with status -9 during 'step'" in capsys.readouterr().err
     monkeypatch.setattr(Deviating, "started", [("", "", 0)] * 7)
     with pytest.raises(record.RecordError):
         run_with(tmp_path / "none", "textbook,huggingface", "--B", "2", "--restarts", "5")  # the first one fails
+
+
+def test_a_peer_that_fails_after_its_screening_costs_itself(tmp_path, monkeypatch, capsys, all_installed):
+    class Killed(FakeArm):
+        def losses(self, steps, fp32=False):
+            if self.name == "huggingface_eager":
+                raise arm.ArmError("huggingface_eager ended with status -9 during 'losses'")
+            return super().losses(steps, fp32)
+
+    monkeypatch.setattr(throughput, "ArmProcess", Killed)
+    status, result = run_with(tmp_path, "huggingface,huggingface_eager,textbook")
+    assert (status, FakeArm.alive) == (0, 0)
+    assert {fact["peer"] for fact in result["arms"].values()} == {"tritium", "huggingface", "textbook"}
+    assert result["peers_absent"].keys() == {"huggingface_eager"}
+    said = "ended with status -9 during 'losses'"
+    assert said in result["peers_absent"]["huggingface_eager"]
+    shown = capsys.readouterr()
+    assert "huggingface_eager is left out: " in shown.out and "not compared: huggingface_eager ended" in shown.err
+    status, _ = run_with(tmp_path / "none", "huggingface_eager,textbook")
+    assert status == 0
+    monkeypatch.setattr(peers, "REQUIRED", ("huggingface_eager",))
+    status, _ = run_with(tmp_path / "required", "huggingface_eager,textbook")
+    assert status == 1
 
 
 @pytest.mark.parametrize("changed", ["losses", "variant"])
