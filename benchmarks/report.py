@@ -440,6 +440,7 @@ def peers(entry: Entry) -> Section:
     """A throughput record: every implementation, tritium's speed over each."""
     data, s = entry.data, entry.data["settings"]
     bars, rows = [], []
+    void: dict[str, str] = data.get("void", {})  # version 1 had none
     for key, arm in sorted(data["arms"].items(), key=lambda item: -item[1]["tokens_per_s"]):
         ours, ci = arm["peer"] == OURS, interval(_figure(entry, f"{key} tokens/s"))
         value = arm["tokens_per_s"]
@@ -449,8 +450,8 @@ def peers(entry: Entry) -> Section:
         if key in data["speedup"]:
             faster = Cell(_ratio(data["speedup"][key]), data["speedup"][key]["median"])
         rows.append([
-            Cell(key, kind="ours" * ours), Cell(number(value), value), _ci(ci), faster,
-            Cell(f"{arm['startup_s']:.1f}", arm["startup_s"]),
+            Cell(key + " (void as a baseline)" * (arm["peer"] in void), kind="ours" * ours),
+            Cell(number(value), value), _ci(ci), faster, Cell(f"{arm['startup_s']:.1f}", arm["startup_s"]),
             _bytes(arm["peak_bytes"]),
         ])  # fmt: skip
     absent = [[Cell(name), UNRUN, Cell(why)] for name, why in sorted(data["peers_absent"].items())]
@@ -459,6 +460,7 @@ def peers(entry: Entry) -> Section:
     for model, about in models.items():
         stopped = f"; {about['stopped']}" if about.get("stopped") else ""
         how.append(Text(f"{model}: {timing.how_taken(s['rounds'], about)}{stopped}."))
+    how += [Text(f"{name} is void as a baseline: {why}.") for name, why in void.items()]
     heads = [
         "training step",
         "tokens/s",

@@ -308,6 +308,15 @@ def test_of_restarts_the_page_says_how_many_and_what_stopped_them(tmp_path):
     assert page.row(key)[2] == f"[{report.number(wanted.low)}, {report.number(wanted.high)}]"
 
 
+def test_what_is_no_baseline_is_called_void_on_the_page_too(tmp_path):
+    why = "it has to be at least as fast as huggingface, compiled, which was not timed"
+    put(tmp_path, {"a.json": throughput() | {"void": {"textbook": why}}})
+    page = page_of(tmp_path)
+    key = next(key for key, arm in throughput()["arms"].items() if arm["peer"] == "textbook")
+    assert page.row(f"{key} (void as a baseline)")
+    assert f"textbook is void as a baseline: {why}." in page.text
+
+
 def test_what_was_not_measured_is_unrun(tmp_path):
     put(tmp_path, {"train.json": train()})
     page = page_of(tmp_path)
