@@ -551,7 +551,7 @@ def ablation(entry: Entry) -> Section:
     blocks: list[Block] = [Text(f"Baseline: {data['baseline']}.")]
     if bars:
         about = "tokens/s against the baseline with 95 % intervals; shaded: not told from none, by the baseline’s twin"
-        blocks.append(Bars(bars, 100 * data["resolution"], about))
+        blocks.append(Bars(bars, ablate_results.untold(data), about))
     for heads, rows in (ablate_results.cells(data), ablate_results.curve_cells(data)):
         if rows:
             cells = [[_ablated(text, i) for i, text in enumerate(row)] for row in rows]

@@ -98,14 +98,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars from 0, which may go both ways. band: values from -band to band are shaded: not told from 0."""
+    """Bars from 0, which may go both ways. band: values from its low to its high end are shaded: not told from 0."""
 
     bars: Sequence[Bar]
-    band: float = 0.0
+    band: tuple[float, float] = (0.0, 0.0)
     about: str = ""
 
     def __post_init__(self) -> None:
-        _finite(self.band)
+        _finite(*self.band)
 
 
 @dataclass(frozen=True)
@@ -290,17 +290,17 @@ def _percent(fraction: float) -> str:
 
 
 def _bars(block: Bars) -> Markup:
-    least = min(0.0, -block.band, *(bar.low for bar in block.bars), *(bar.value for bar in block.bars))
-    most = max(0.0, block.band, *(bar.high for bar in block.bars), *(bar.value for bar in block.bars))
+    least = min(0.0, block.band[0], *(bar.low for bar in block.bars), *(bar.value for bar in block.bars))
+    most = max(0.0, block.band[1], *(bar.high for bar in block.bars), *(bar.value for bar in block.bars))
     span = (most - least) or 1.0
 
     def at(value: float) -> str:
         return _percent((value - least) / span)
 
     band = Markup("")
-    if block.band:
+    if any(block.band):
         band = Markup('<rect class="band" x="{}%" width="{}%" y="0" height="22"/>').format(
-            at(-block.band), _percent(2 * block.band / span)
+            at(block.band[0]), _percent((block.band[1] - block.band[0]) / span)
         )
     rows = []
     for bar in block.bars:

@@ -581,6 +581,16 @@ def test_a_twin_that_differs_says_that_the_machine_is_too_noisy(tmp_path, monkey
 # --------------------------------------------------------------------------------------------------------------- curves
 
 
+def test_where_a_difference_begins_to_be_told_is_where_its_verdict_says():
+    low, high = ablate_results.untold({"resolution": 0.25})
+    assert (low, high) == pytest.approx((-20.0, 25.0))
+    for end, verdict in ((low, "slower"), (high, "faster")):
+        for more, wanted in ((1.02, verdict), (0.98, "no difference shown")):
+            median = 1 + more * end / 100
+            ratio = {"median": median, "low": median - 0.01, "high": median + 0.01}
+            assert ablate.verdict(ratio, 0.25) == wanted
+
+
 def test_student_and_sign_flips_are_those_of_the_tables():
     # two-sided 95 % points of Student's distribution, any textbook
     for freedom, t in {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 30: 2.042}.items():

@@ -423,7 +423,7 @@ def test_bars_and_their_intervals_are_drawn_to_scale(tmp_path):
     bars = [
         report_page.Bar("a", 10.0, 8.0, 12.0, "10"), report_page.Bar("b", -5.0, -8.0, -4.0, "-5", "worse"),
     ]  # fmt: skip
-    drawn = Page(str(report_page._bars(report_page.Bars(bars, band=2.0))))
+    drawn = Page(str(report_page._bars(report_page.Bars(bars, band=(-2.0, 2.0)))))
     shapes = [(a.get("class"), a) for tag, a in drawn.tags if tag == "rect"]
 
     def place(attributes):
@@ -443,7 +443,7 @@ def test_bars_and_their_intervals_are_drawn_to_scale(tmp_path):
 def test_what_cannot_be_drawn_is_no_block(wrong):
     made = [
         lambda: report_page.Bar("a", wrong, 0.0, 1.0, "a"), lambda: report_page.Bar("a", 0.0, wrong, 1.0, "a"),
-        lambda: report_page.Bars([], band=wrong), lambda: report_page.Stack([("a", wrong)], "a"),
+        lambda: report_page.Bars([], band=(wrong, 0.0)), lambda: report_page.Stack([("a", wrong)], "a"),
         lambda: report_page.Cell("a", bar=wrong) if wrong is not None else report_page.Cell(wrong),
     ]  # fmt: skip
     for make in made:
