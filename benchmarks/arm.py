@@ -57,8 +57,9 @@ class ArmProcess:
     def __enter__(self) -> ArmProcess:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        # Ctrl-C or a job's end waits for no compiler
+        self.close(0.0 if kind is not None and not issubclass(kind, Exception) else 10.0)
 
     def ask(self, what: str, *, timeout_s: float = 1800.0, **arguments: Any) -> dict[str, Any]:
         """One request, one answer; ArmError when the child fails, dies or does not answer in time."""
@@ -108,15 +109,18 @@ class ArmProcess:
         lines = self.stderr.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 
-    def close(self) -> None:
+    def close(self, patience_s: float = 10.0) -> None:
+        """Let the child end by itself, and kill it when it has not after ``patience_s``."""
         with contextlib.suppress(BrokenPipeError):
             assert self.process.stdin is not None
             self.process.stdin.close()
         try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=patience_s)
+        finally:  # also on a second Ctrl-C
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
 

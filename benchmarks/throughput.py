@@ -156,7 +156,7 @@ def bench_train(
     run = _Run(T, B, device, seed)
     facts: dict[str, dict[str, Any]] = {}
     samples: dict[str, timing.Samples] = {}
-    with tempfile.TemporaryDirectory(prefix="tritium-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tritium-bench-", ignore_cleanup_errors=True) as folder:
         run.folder = pathlib.Path(folder)
         models = {fit.config.name: fit for fit in fits.values()}
         for model, fit in models.items():  # one after the other: a process holds its model as long as it lives

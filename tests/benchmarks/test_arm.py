@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from tritium.benchmarks import arm as arms
 from tritium.benchmarks.arm import ArmError, ArmProcess
 from tritium.engine.config import Config, GPTConfig
 
@@ -36,6 +38,16 @@ def test_an_arm_answers_and_its_failures_are_told(arm):
     os.kill(arm.process.pid, signal.SIGKILL)
     with pytest.raises(ArmError, match="ended with status -9"):
         arm.ask("step")
+
+
+def test_a_stop_does_not_wait_for_an_arm_that_is_at_work(tmp_path, monkeypatch):
+    """A stage that reached its limit is killed after three seconds, and its temporary folder would stay."""
+    monkeypatch.setattr(arms, "COMMAND", (sys.executable, "-c", "import time; time.sleep(600)"))
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), ArmProcess("busy", None, tmp_path, tmp_path / "stderr.txt") as busy:
+        raise KeyboardInterrupt
+    assert busy.process.returncode == -signal.SIGKILL
+    assert time.monotonic() - begun < 3.0
 
 
 def test_an_unknown_arm_is_an_error_with_its_name(tmp_path):
