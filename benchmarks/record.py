@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import platform
+import secrets
 import shutil
 import statistics
 import subprocess
@@ -338,7 +339,7 @@ def write(record: dict[str, Any], schema: Schema, path: pathlib.Path) -> str:
             + "\n  ".join(found)
         )
     replaced = _replaced(path)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")  # two runs may write one record at one time
     try:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
         os.replace(temporary, path)

@@ -21,6 +21,22 @@ def test_a_good_record_is_written_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["record.json"]
 
 
+def test_two_runs_that_write_one_record_at_one_time_leave_a_whole_one(tmp_path, monkeypatch):
+    path, replace = tmp_path / "record.json", record.os.replace
+    first, second = (record.begin("test", "tritium bench", "cpu") | GOOD | {"note": note} for note in ("1", "2"))
+
+    def after_another(source, target):
+        monkeypatch.setattr(record.os, "replace", replace)
+        record.write(second, SCHEMA, path)
+        assert json.loads(path.read_text())["note"] == "2"
+        replace(source, target)
+
+    monkeypatch.setattr(record.os, "replace", after_another)
+    record.write(first, SCHEMA, path)
+    assert json.loads(path.read_text()) == first
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
