@@ -807,7 +807,7 @@ def _load(run: str, device: str, precision: str, kernels: str, phases: Sequence[
         about = f"{config.name}, step {restored.step} ({restored.path})"
         loaded = Loaded(restored.model, restored.tokenizer, place, data_folder(config), config.data.documents, about)
     dtype = resolve(precision, place)
-    to_compute_dtype(loaded.model, dtype)
+    to_compute_dtype(loaded.model, dtype, head=place.type == "cpu")
     _find_modules_here([kernels])
     op.bind(loaded.model, kernels, machine=Machine.here(place), dtype=dtype, phases=phases)
     return loaded

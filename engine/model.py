@@ -337,22 +337,22 @@ class GPT(nn.Module):
         return self.wte.weight if self.head.weight is None else self.head.weight
 
     def compute_parameters(self) -> list[str]:
-        """Names of the parameters that may be kept in the compute dtype: weights and biases of the blocks' GEMMs, and
-        the head's weight.
+        """Names of the parameters that may be kept in the compute dtype: weights and biases of the blocks' GEMMs.
 
-        Embeddings and norms stay fp32 leaves: they are read row-wise. A table that is the head's weight too has rows in
-        fp32 all the same (``Embedding.master``).
+        Embeddings and norms stay fp32 leaves: they are read row-wise. The head's weight may have a copy too
+        (``head_name``); without one it is cast inside its op.
         """
-        return [*self.block_parameters(), "wte.weight" if self.head.weight is None else "head.weight"]
-
-    def block_parameters(self) -> list[str]:
-        """Names of the weights and biases of the blocks' GEMMs."""
         return [
             f"{path}.{name}"
             for path, module in self.named_modules()
             if isinstance(module, Linear)
             for name, _ in module.named_parameters(recurse=False)
         ]
+
+    @property
+    def head_name(self) -> str:
+        """Name of the head's weight, which may be the token table."""
+        return "wte.weight" if self.head.weight is None else "head.weight"
 
     def num_parameters(self, positions: bool = True) -> int:
         """Number of parameters, padding rows included; ``positions=False`` leaves out the position table (nanoGPT)."""

@@ -1,8 +1,10 @@
 """bf16 compute weights beside fp32 masters, and where fp8 comes in.
 
-The matrices that GEMMs read, the head's too (and their biases), live in the model in the compute dtype; the optimizer
-owns their fp32 masters and writes the copies in the same pass as the update. Embeddings and norms stay fp32: they are
-read row-wise. A table that is also the head's weight has both: its rows are read from the master.
+The matrices that GEMMs read (and their biases) live in the model in the compute dtype; the optimizer owns their fp32
+masters and writes the copies in the same pass as the update. Embeddings and norms stay fp32: they are read row-wise.
+The head's weight is as the matrices are on a CPU, where casting it and widening its gradient are passes over memory
+that show; a table that is also the head's weight then has both, and its rows are read from the master. On a GPU it is
+an fp32 leaf, cast inside its op, whose gradient a deterministic kernel fills.
 
 fp8 is bf16 with other kernels: all tensors are as there, and the matrix products of chosen layers round their operands
 to fp8 on the way in (kernels/lib/fp8.py; Config.kernel_choices says which). So a checkpoint knows nothing of it.
@@ -61,19 +63,22 @@ def lay_out(model: Any, layout: str) -> None:
     values stay; copies, gradients and moments that are made like the parameters afterwards lie as they do.
     """
     if layout == "in_out":
-        chosen = set(model.block_parameters())
+        chosen = set(model.compute_parameters())
         for name, parameter in model.named_parameters():
             if name in chosen and parameter.ndim == 2:
                 parameter.data = parameter.data.t().contiguous().t()
 
 
-def to_compute_dtype(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Put the model's GEMM operands into ``dtype``; returns name → fp32 master for each parameter that was changed."""
+def to_compute_dtype(model: Any, dtype: torch.dtype, head: bool = False) -> dict[str, torch.Tensor]:
+    """Put the model's GEMM operands into ``dtype``; returns name → fp32 master for each parameter that was changed.
+
+    head: the head's weight as well.
+    """
     model.compute_dtype = dtype
     masters: dict[str, torch.Tensor] = {}
     if dtype == torch.float32:
         return masters
-    chosen = set(model.compute_parameters())
+    chosen = {*model.compute_parameters(), *([model.head_name] if head else [])}
     for name, parameter in model.named_parameters():
         if name in chosen:
             masters[name] = parameter.detach().clone()

@@ -123,7 +123,7 @@ def build(
     if layout == "auto":
         layout = tuned.value("train.weight_layout", (machine or Machine.here(device)).arch, dtype, "out_in")
     precision.lay_out(model, layout)
-    masters = precision.to_compute_dtype(model, dtype)
+    masters = precision.to_compute_dtype(model, dtype, head=(machine or Machine.here(device)).device == "cpu")
     optimizer = AdamW(model, config.optim, masters)
     compiled = should_compile(config, device)[0] if compile is None else compile
     table = _bind([model, optimizer], config, device, dtype, compiled, machine)

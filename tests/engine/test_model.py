@@ -102,13 +102,13 @@ def test_weights_that_will_be_loaded_are_not_drawn():
 
 
 @pytest.mark.parametrize("config", [SMALL, LLAMA], ids=["tied", "untied"])
-def test_compute_parameters_are_the_linear_layers_of_the_blocks_and_the_head(config):
+def test_compute_parameters_are_the_linear_layers_of_the_blocks(config):
     layers = ("attention.qkv", "attention.proj", "mlp.up", "mlp.down")
     kinds = ("weight", "bias") if config.bias else ("weight",)
     blocks = {f"blocks.{i}.{layer}.{kind}" for i in range(2) for layer in layers for kind in kinds}
-    head = "wte.weight" if config.tie_head else "head.weight"
     model = build(config)
-    assert set(model.block_parameters()) == blocks and set(model.compute_parameters()) == blocks | {head}
+    assert set(model.compute_parameters()) == blocks
+    assert model.get_parameter(model.head_name) is model.head_weight
 
 
 # ------------------------------------------------------------------------------------------------------------- loss
@@ -352,13 +352,14 @@ def test_dropout_sits_at_gpt2s_places(place):
 # -------------------------------------------------------------------------------------------------- compute in bf16
 
 
+@pytest.mark.parametrize("head", [False, True])
 @every_architecture
-def test_bf16_stream_beside_fp32_leaves(config):
+def test_bf16_stream_beside_fp32_leaves(config, head):
     ids, targets = batch()
     model = build(config)
     exact = model(ids, targets)
     wide = gradients(model, exact)
-    precision.to_compute_dtype(model, torch.bfloat16)
+    precision.to_compute_dtype(model, torch.bfloat16, head)
     streams = []
     for block in model.blocks:
         block.register_forward_hook(lambda m, args, out: streams.append(out.dtype))
@@ -366,7 +367,7 @@ def test_bf16_stream_beside_fp32_leaves(config):
     narrow = gradients(model, loss)
     assert streams == [torch.bfloat16] * 2 and model(ids).dtype == torch.bfloat16
     assert loss.dtype == torch.float32 and abs(loss - exact) < 0.03 * exact
-    compute = set(model.compute_parameters())
+    compute = {*model.compute_parameters(), *([model.head_name] if head else [])}
     assert {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16} == compute
     for name, gradient in narrow.items():
         assert gradient.dtype == (torch.bfloat16 if name in compute else torch.float32), name
@@ -621,7 +622,7 @@ def test_the_rows_of_a_table_whose_copy_is_narrow_are_the_masters(compiled):
     """Rows are read unrounded; a frequent id's gradient is summed in fp32 and rounded once."""
     model = _tied()
     exact = model.wte.weight.detach().clone()
-    masters = precision.to_compute_dtype(model, torch.bfloat16)
+    masters = precision.to_compute_dtype(model, torch.bfloat16, head=True)
     assert model.wte.weight.dtype == torch.bfloat16 and model.wte.master is masters["wte.weight"]
     assert torch.equal(model.wte.master, exact) and not torch.equal(exact.bfloat16().float(), exact)
     ids = torch.tensor([[5] * 12, [5] * 11 + [7]])

@@ -20,8 +20,6 @@ class Net(torch.nn.Module):
     def compute_parameters(self):
         return ["a.weight", "a.bias"]
 
-    block_parameters = compute_parameters
-
 
 def steps(net, optimizer, n, lr=0.1, count=4.0):
     torch.manual_seed(1)

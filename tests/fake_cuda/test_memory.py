@@ -20,7 +20,7 @@ from tritium.engine import recompute
 from tritium.engine.model import Block
 
 GIB = 2**30
-BY_HAND = "\n## The plan"  # where docs/memory.md goes on by hand
+BY_HAND = "\n## Moments in fewer bits"  # where docs/memory.md goes on by hand
 POLICIES = ("none", "full", "every", "selective")
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "memory.md"
 N, C, V, L = B * T, 768, 50304, 12
