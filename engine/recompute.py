@@ -39,7 +39,7 @@ from tritium.engine.config import ConfigError
 from tritium.engine.model import GPT, Block, call
 from tritium.kernels import op as binding
 from tritium.kernels import ops, peaks
-from tritium.kernels.autograd import NAMESPACE
+from tritium.kernels.autograd import NAMESPACE, register
 from tritium.kernels.op import Op
 from tritium.kernels.site import Machine
 
@@ -413,7 +413,7 @@ def named(op: Op) -> Callable[..., Any]:
     if op.name in _ONE_ATEN_OP:
         return op.reference
     reference = op.reference
-    whole = torch.library.custom_op(f"{NAMESPACE}::{op.name}_reference", reference, mutates_args=())
+    whole = register(f"{op.name}_reference", reference)
     whole.register_fake(reference)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -44,6 +44,19 @@ def bypass(args: Sequence[Any]) -> bool:
     return True
 
 
+def register(name: str, function: Callable[..., Any], **options: Any) -> CustomOpDef:
+    """``torch.library.custom_op`` in our namespace, under a name of its own: a name that is taken gets a number.
+
+    A second registration of a name would free the first op beneath whoever holds it (a model bound before its kernel's
+    module was loaded again, say), whose calls then compute the second's numbers or read freed memory.
+    """
+    free, number = name, 1
+    while hasattr(getattr(torch.ops, NAMESPACE), free):
+        number += 1
+        free = f"{name}_{number}"
+    return torch.library.custom_op(f"{NAMESPACE}::{free}", function, **({"mutates_args": ()} | options))
+
+
 def differentiable(
     name: str,
     *,
@@ -60,7 +73,7 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Build a callable with autograd from a forward and a backward over plain tensors. It takes positional arguments.
 
-    name: "layer_norm_triton" registers ``tritium::layer_norm_triton`` and ``..._backward``.
+    name: "layer_norm_triton" registers ``tritium::layer_norm_triton`` and ``..._backward`` (:func:`register`).
     forward(*args) -> results: a tuple, annotated ``tuple[Tensor, ...]`` with every result; the first ``outputs`` are
         what the caller gets, the rest (mean, lse, ...) only feed backward. Likewise backward.
     save(args, results) -> values that backward needs: tensors and None first, then constants.
@@ -74,7 +87,7 @@ def differentiable(
     Works once: the returned gradient is not itself differentiable.
     """
     forward_op, run_forward = _register(name, forward, fake_forward)
-    _, run_backward = _register(f"{name}_backward", backward, fake_backward)
+    backward_op, run_backward = _register(f"{name}_backward", backward, fake_backward)
     places = tuple((position,) if isinstance(position, int) else tuple(position) for position in gradients)
 
     # What follows runs at every eager call, beside kernels of some 10 µs: it is written for few steps.
@@ -144,9 +157,9 @@ def differentiable(
     apply = super(torch.autograd.Function, Eager).apply
 
     if flops is not None:
-        _register_flops(name, flops)
+        _register_flops(forward_op, flops)
     if flops_backward is not None:
-        _register_flops(f"{name}_backward", flops_backward)
+        _register_flops(backward_op, flops_backward)
 
     def call(*args: Any) -> Any:
         if not bypass(args):
@@ -181,20 +194,24 @@ def _register(
             f"{name}: the function is annotated to return a Tensor; return (result,), and write tuple[Tensor]"
         )
     if single == schema:
-        op = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
+        op = register(name, function)
         op.register_fake(fake)
-        LAUNCHERS[name] = function
+        LAUNCHERS[op._name] = function
         return op, op
-    LAUNCHERS[name] = lambda *args: function(*args)[0]
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", LAUNCHERS[name], mutates_args=(), schema=single)
+
+    def first(*args: Any) -> Tensor:
+        return function(*args)[0]
+
+    op = register(name, first, schema=single)
+    LAUNCHERS[op._name] = first
     op.register_fake(lambda *args: fake(*args)[0])
     return op, lambda *args: (op(*args),)
 
 
-def _register_flops(name: str, formula: Callable[..., int]) -> None:
+def _register_flops(op: CustomOpDef, formula: Callable[..., int]) -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(formula)
+    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), op._name))(formula)
 
 
 def update_op(
@@ -205,7 +222,7 @@ def update_op(
     function(...) -> None, annotated; ``mutates`` names the arguments it writes. in_library: what the library calls in
     its place, if that is another (kernels/lib/triton_lists.py).
     """
-    registered = torch.library.custom_op(f"{NAMESPACE}::{name}", in_library or function, mutates_args=tuple(mutates))
+    registered = register(name, in_library or function, mutates_args=tuple(mutates))
     registered.register_fake(lambda *args, **kwargs: None)
     written = [i for i, parameter in enumerate(inspect.signature(function).parameters) if parameter in mutates]
 

@@ -9,7 +9,7 @@ from array import array
 import torch
 from torch import Tensor
 
-from tritium.kernels.autograd import bypass
+from tritium.kernels.autograd import bypass, register
 from tritium.kernels.lib import native
 from tritium.kernels.site import Site
 
@@ -38,7 +38,7 @@ def _launch(tensors: list[Tensor]) -> Tensor:
     return result
 
 
-_registered = torch.library.custom_op("tritium::global_norm_native", _launch, mutates_args=())
+_registered = register("global_norm_native", _launch)
 _registered.register_fake(lambda tensors: torch.empty((), dtype=torch.float32))
 
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritium.kernels.autograd import NAMESPACE, bypass
+from tritium.kernels.autograd import bypass, register
 from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.lib import triton_lists as lists
 from tritium.kernels.site import Site
@@ -125,8 +125,7 @@ def _launch(tensors: list[Tensor]) -> Tensor:
     return result
 
 
-_NAME = "global_norm_triton"
-_registered = torch.library.custom_op(f"{NAMESPACE}::{_NAME}", lists.keeping_nothing(_launch), mutates_args=())
+_registered = register("global_norm_triton", lists.keeping_nothing(_launch))
 _registered.register_fake(lambda tensors: tensors[0].new_empty((), dtype=torch.float32))
 
 

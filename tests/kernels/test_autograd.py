@@ -387,3 +387,54 @@ def test_a_bare_result_is_refused():
             save=lambda *_: (),
             gradients=(0,),
         )
+
+
+def scaled(factor: float):
+    def forward(x: Tensor) -> tuple[Tensor]:
+        return (x * factor,)
+
+    def fake(x: Tensor) -> tuple[Tensor]:
+        return (torch.empty_like(x),)
+
+    return differentiable(
+        "test_loaded_again",
+        forward=forward,
+        backward=forward,
+        fake_forward=fake,
+        fake_backward=fake,
+        save=lambda args, results: (),
+        gradients=(0,),
+        flops=lambda x, *_, **__: int(factor),
+    )
+
+
+def test_an_op_lives_on_when_its_module_is_loaded_again():
+    """torch frees the first op of a name when the name is registered again: whoever holds it computes the second's
+    numbers, or reads freed memory."""
+    first = scaled(2.0)
+    second = scaled(3.0)
+    for function, factor in ((first, 2.0), (second, 3.0), (first, 2.0)):
+        x = torch.ones(3, requires_grad=True)
+        with FlopCounterMode(display=False) as counted:
+            y = function(x)
+            y.backward(torch.ones(3))
+        assert counted.get_total_flops() == factor
+        assert torch.equal(y, torch.full((3,), factor))
+        assert torch.equal(x.grad, torch.full((3,), factor))
+        compiled = torch.compile(lambda x, f=function: f(x), backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), torch.full((3,), factor))
+
+
+def test_an_update_lives_on_when_its_module_is_loaded_again():
+    def adds(amount: float):
+        def function(params: list[Tensor]) -> None:
+            params[0].add_(amount)
+
+        return update_op("test_update_again", function, mutates=("params",))
+
+    first, second = adds(2.0), adds(3.0)
+    for function, amount in ((first, 2.0), (second, 3.0), (first, 2.0)):
+        x = torch.zeros(2)
+        with FlopCounterMode(display=False):
+            function([x])
+        assert torch.equal(x, torch.full((2,), amount))
