@@ -19,7 +19,7 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-from tritium.engine import allocator
+from tritium.engine import allocator, waiting
 from tritium.engine.allocator import peak_bytes, resident_bytes
 from tritium.engine.config import Config
 
@@ -42,12 +42,11 @@ class ArmProcess:
     def __init__(self, name: str, variant: dict[str, Any] | None, cache: pathlib.Path, stderr: pathlib.Path):
         self.name, self.variant = name, variant
         self.stderr = stderr
-        # waiting threads sleep in every arm, as `tritium` has it (engine/cli.py): without, one short disturbance from
-        # outside makes an arm's step several times as long
-        environment = {
-            "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache),
-            "TOKENIZERS_PARALLELISM": "false",
-        }  # fmt: skip
+        # threads wait as each implementation's users have them wait: ours as `tritium` has it, a peer's as torch does
+        environment = waiting.as_given(os.environ)
+        if name == OURS:
+            waiting.choose(environment)
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TOKENIZERS_PARALLELISM": "false"}
         self.spawned = time.time()
         with stderr.open("w") as errors:
             self.process = subprocess.Popen(
@@ -130,6 +129,8 @@ class ArmProcess:
 
 def serve() -> None:
     """Answer requests from stdin until it closes. Whatever libraries print goes to stderr."""
+    if waiting.is_ours(os.environ):
+        waiting.begin()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     arm = Arm()

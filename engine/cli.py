@@ -36,7 +36,7 @@ except ModuleNotFoundError as missing:  # a bare Python: what reads no flags by 
         raise
     tyro = None  # type: ignore[assignment]
 
-from tritium.engine import presets
+from tritium.engine import presets, waiting
 from tritium.engine.config import Config, ConfigError
 from tritium.engine.report import Progress, Reporter, bits_table, closing_report, duration, progress_line
 
@@ -51,9 +51,7 @@ class MissingPackage(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. argv: without the program's name; default: the command line."""
-    # before torch loads its OpenMP: threads that wait sleep. Spinning, as by default, they take the core from the one
-    # they wait for as soon as anything else runs: a step of tiny took up to 7 times as long (docs/log.md, 2026-11-24)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    waiting.begin()  # before torch loads its OpenMP
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a replaced stream
             # a terminal that has no "×" must not stop a run

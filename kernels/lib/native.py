@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tritium.kernels.site import Site
 
-ABI = 7  # TRITIUM_ABI of csrc/tritium.h
+ABI = 8  # TRITIUM_ABI of csrc/tritium.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the codes of csrc/tritium.h
 LIBRARY = pathlib.Path(__file__).parents[1] / "_native.so"
 REASON = LIBRARY.with_name("_native_missing.txt")  # written by setup.py where the library could not be built
@@ -46,10 +46,16 @@ def _load() -> ctypes.CDLL | str:
     return library
 
 
+def library() -> ctypes.CDLL | None:
+    """The library, where there is one that can be used."""
+    found = _load()
+    return None if isinstance(found, str) else found
+
+
 def missing() -> str | None:
     """Why the native library cannot be used, with a remedy; None when it can."""
-    library = _load()
-    return library if isinstance(library, str) else None
+    found = _load()
+    return found if isinstance(found, str) else None
 
 
 def unsupported(site: Site, dtypes: Sequence[torch.dtype] = tuple(DTYPES)) -> str | None:
@@ -64,8 +70,8 @@ def unsupported(site: Site, dtypes: Sequence[torch.dtype] = tuple(DTYPES)) -> st
 
 def isas() -> tuple[str, ...]:
     """Instruction sets compiled in which this CPU has, best first."""
-    library = _load()
-    return () if isinstance(library, str) else tuple(library.tritium_isas().decode().split(","))
+    found = _load()
+    return () if isinstance(found, str) else tuple(found.tritium_isas().decode().split(","))
 
 
 _forced: list[str] = []
@@ -104,10 +110,10 @@ class Function:
         return function(*args)
 
     def _find(self, isa: str | None) -> Any:
-        library = _load()
-        if isinstance(library, str):
-            raise RuntimeError(library)
-        function = library[f"{self.name}_{isa or isas()[0]}"]
+        found = _load()
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        function = found[f"{self.name}_{isa or isas()[0]}"]
         types: dict[str, Any] = self._TYPES
         function.argtypes = [types[k] for k in self.kinds]
         function.restype = types[self.result] if self.result else None
