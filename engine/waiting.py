@@ -1,9 +1,10 @@
 """How a CPU's threads wait for each other: they spin for a moment where the machine is theirs, and sleep where not.
 
 A step on a CPU is some hundreds of parallel regions, and a thread that has gone to sleep at the end of one wakes up
-some 40 µs late for the next: libgomp's spinning, its own default, gains 2 to 5 % of a step of GPT-2 124M. But as soon as
-anything else runs on those cores, the one that spins takes the time of the one it waits for: a step becomes several
-times as long, where with sleeping threads it loses what the other takes (docs/log.md, 2026-11-29).
+some 40 µs late for the next: spinning, which is libgomp's own default, makes a step of GPT-2 124M 1.04 and one of tiny
+1.15 times as fast. But as soon as anything else runs on those cores, the one that spins takes the time of the one it
+waits for: a step becomes several times as long, where with sleeping threads it loses what the other takes (docs/log.md,
+2026-11-29).
 
 So the threads spin, for at most SPINS turns, and a :class:`Watch` looks at how long this process's threads have been
 ready to run without a core (/proc/*/schedstat). Where that is more than SHARED of the time, it opens a second team of
@@ -38,7 +39,7 @@ def begin() -> None:
 
 
 def choose(environment: MutableMapping[str, str]) -> bool:
-    """Set what libgomp reads, unless the user has; whether that is ours, from a parent process too, and wants a watch."""
+    """Set what libgomp reads, unless the user has; whether that is ours, or was a parent's, and wants a watch."""
     if not any(name in environment for name in _OURS):
         environment["OMP_WAIT_POLICY"] = _OURS["OMP_WAIT_POLICY"]
         if waited() is not None and _LIBRARY.exists():
