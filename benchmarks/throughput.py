@@ -103,8 +103,9 @@ SCHEMA: record.Schema = {
     "peers_absent": {str: str},  # peer → why it could not run
 }  # fmt: skip
 METHOD = (
-    "one process an arm, one running at a time; waiting threads sleep in all (OMP_WAIT_POLICY=PASSIVE); on a CPU "
-    "tritium keeps freed memory in the process, and so do the variants marked so; all arms are restarted together, in "
+    "one process an arm, one running at a time; on a CPU a peer's threads wait for each other as torch has them, or as "
+    "the environment says, tritium's as `tritium train` has them, and tritium keeps freed memory in the process, as do "
+    "the variants marked so; all arms are restarted together, in "
     "an order drawn from the seed, their code compiled before; in each restart warm-up until the medians of two "
     "windows of 3 steps agree to 5 %, then rounds: every arm once in an order and once in its reverse; speedup = "
     "geometric mean over restarts of the median over rounds of the ratio of times within the round, 95 % by Student's "
