@@ -102,6 +102,7 @@ SCHEMA: record.Schema = {
     "void": {str: str},  # peer that is no baseline, since another of the same model is faster → by how much
     "peers_absent": {str: str},  # peer → why it could not run
 }  # fmt: skip
+WHOLE, CTRL_C = "ran to its end", "stopped by Ctrl-C"
 METHOD = (
     "one process an arm, one running at a time; on a CPU a peer's threads wait for each other as torch has them, or as "
     "the environment says, tritium's as `tritium train` has them, and tritium keeps freed memory in the process, as do "
@@ -162,7 +163,23 @@ def bench_train(
         models = {fit.config.name: fit for fit in fits.values()}
         for model, fit in models.items():  # one after the other: a process holds its model as long as it lives
             names = [name for name, other in fits.items() if other.config.name == model]
-            found, taken = run.compare(fit, names, screening_steps, restarts, rounds)
+            if run.ended:
+                run.failed |= dict.fromkeys(names, f"was not reached: {run.ended}")
+                continue
+            try:
+                found, taken = run.compare(fit, names, screening_steps, restarts, rounds)
+            except (ArmError, KeyboardInterrupt) as error:  # the figures of the other models are whole
+                if isinstance(error, KeyboardInterrupt):
+                    run.ended = str(error) or CTRL_C
+                    if not facts:
+                        raise
+                elif len(models) == 1:
+                    raise
+                why = f"{model} could not be timed: {run.ended or error}"
+                _say(why)
+                run.broken.append(why)
+                run.failed |= dict.fromkeys(names, why)
+                continue
             facts |= found
             samples |= taken
     record.after(result)
@@ -199,6 +216,8 @@ def bench_train(
         record.check("equal precision and optimizer", True, _words(next(iter(facts.values()))["settings"])),
         record.check("equal losses", True, f"worst relative difference {worst:g}"),
     ]
+    if run.ended or run.broken:
+        result["checks"].append(record.check(WHOLE, False, "; ".join(filter(None, [run.ended, *run.broken]))))
     void = falls_behind(facts, samples)
     contenders = [key for key in speedup if facts[key]["peer"] not in void]
     return result | {
@@ -296,6 +315,8 @@ class _Run:
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # peer → why no variant of it runs
     needs: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)  # (peer, variant) → bytes it held
     stopped: dict[str, str] = dataclasses.field(default_factory=dict)  # model → why it has fewer restarts
+    broken: list[str] = dataclasses.field(default_factory=list)  # models without figures, and why
+    ended: str = ""  # by whom the whole run was, before its end
 
     def process(self, name: str, variant: peers.Variant | None, cache: str = "") -> ArmProcess:
         """A process for an arm. cache: name of a folder of compiled code shared by arms; "": its own, empty one."""
@@ -372,7 +393,8 @@ class _Run:
         self, starts: Mapping[str, _Start], facts: Mapping[str, dict[str, Any]], fit: Fit, restarts: int, rounds: int
     ) -> list[dict[str, timing.Samples]]:
         """Time every arm in ``restarts`` processes, of which those of one restart live side by side: the timings of
-        each restart. Where an arm fails in a later one, those before it are kept and the reason is in ``stopped``."""
+        each restart. Where an arm fails in a later one, or Ctrl-C ends it, those before it are kept, and ``stopped`` has
+        the reason."""
         drawn = random.Random(f"{self.seed} {fit.config.name}")
         taken: list[dict[str, timing.Samples]] = []
         for restart in range(restarts):
@@ -387,12 +409,14 @@ class _Run:
                         arms[key] = stack.enter_context(self.process(start.name, start.variant, start.cache))
                         self.begin_again(key, arms[key], facts[key], fit)
                     taken.append(self.time(arms, facts, rounds))
-            except ArmError as error:
+            except (ArmError, KeyboardInterrupt) as error:
                 if len(taken) * rounds < 2:  # of one round there is no interval
                     raise
                 for key, before in warm_ups.items():
                     facts[key]["warm_up"] = before
-                self.stopped[fit.config.name] = f"restart {restart + 1} failed: {error}"
+                if isinstance(error, KeyboardInterrupt):
+                    self.ended = str(error) or CTRL_C
+                self.stopped[fit.config.name] = f"restart {restart + 1} {self.ended or f'failed: {error}'}"
                 _say(f"{self.stopped[fit.config.name]}; the {restart} before it are kept")
                 break
         return taken
@@ -567,15 +591,32 @@ def _void(result: dict[str, Any]) -> dict[str, str]:
     return result.get("void", {})  # version 1 had none
 
 
+def as_shipped(result: dict[str, Any]) -> str | None:
+    """The key of the best peer among arms that run as their users run them, without what tritium does about memory on
+    a CPU; None where that is the best of all."""
+    kept = {key for key in result["speedup"] if peers.KEEPS_MEMORY in result["arms"][key]["variant"]}
+    others = [key for key in result["speedup"] if key not in kept and result["arms"][key]["peer"] not in _void(result)]
+    if result["best_peer"] not in kept or not others:
+        return None
+    return min(others, key=lambda key: result["speedup"][key]["median"])
+
+
 def verdict(result: dict[str, Any]) -> str:
-    """One sentence: against the best peer, with the interval's lower bound."""
+    """One sentence: against the best peer, with the interval's lower bound; and another where the best peer was lent
+    what tritium does about memory."""
     ratio = result["speedup"][result["best_peer"]]
     void = result["arms"][result["best_peer"]]["peer"] in _void(result)
+    shipped = as_shipped(result)
     sure = "its lower bound is above 1" if ratio["low"] > 1.0 else "its lower bound is NOT above 1"
     return (
         f"{result['settings']['preset']}: tritium is {ratio['median']:.3f} × as fast as "
         f"{'the only one, which is no baseline' if void else 'the best peer'} "
         f"({result['best_peer']}), 95 % interval [{ratio['low']:.3f}, {ratio['high']:.3f}]: {sure}"
+    ) + (
+        ""
+        if shipped is None
+        else f"\nThat one was lent what tritium does about memory; of those as they come, the best is {shipped}: "
+        "{median:.3f} × [{low:.3f}, {high:.3f}]".format(**result["speedup"][shipped])
     )
 
 
@@ -713,6 +754,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         print(f"\n{table(result)}\n\n{verdict(result)}", flush=True)  # before the disk has a say in it
         print(f"written: {save(result, a.out or results_folder(result))}", flush=True)
+        (end,) = [c["detail"] for c in result["checks"] if c["name"] == WHOLE] or [""]
+        if end:
+            _say(f"{name}: not all of it ran: {end}")
+            status = 1
+        if end.startswith("stopped by "):
+            return 130
         lacking = {peer: reason for peer, reason in result["peers_absent"].items() if peer in peers.REQUIRED}
         for peer, reason in lacking.items():
             others = ",".join(other for other in a.peers.split(",") if other != peer)

@@ -102,6 +102,14 @@ class AdamW:
         return sum(leaf.numel() * (leaf.grad_dtype or torch.float32).itemsize for leaf in leaves)
 
     @property
+    def accumulated_bytes(self) -> int:
+        """Moved by adding one more micro-batch's gradients, each in its leaf's dtype, to the sums."""
+        leaves = (leaf for group in self.groups for leaf in group.leaves)
+        return sum(
+            leaf.numel() * (leaf.element_size() + 2 * (leaf.grad_dtype or torch.float32).itemsize) for leaf in leaves
+        )
+
+    @property
     def flat(self) -> bool:
         """Whether storage is flat."""
         return bool(self.groups[0].flat)

@@ -302,6 +302,7 @@ class Trace:
     opaque: tuple[str, ...]
     host_bytes: int = 0
     moved_bytes: int = 0
+    accumulated_bytes: int = 0
 
     def moments(self, round_to: int = 1) -> list[tuple[str, dict[str, int]]]:
         """(phase, bytes by kind) where most is alive in each quarter of each run through a phase; so it has as many
@@ -439,14 +440,14 @@ def trace(config: Config, machine: Machine, processes: int = 1, steps: int = 1, 
         parameters = sum(p.numel() for group in groups for p in group.params)
         copies = sum(p.nbytes for group in groups for p in group.copies)
         moments = sum(m.nbytes for m in tree_leaves([(g.exp_avgs, g.exp_avg_sqs, g.scales) for g in groups]))
-        gradients = engine.optimizer.gradient_bytes
+        gradients, accumulated = engine.optimizer.gradient_bytes, engine.optimizer.accumulated_bytes
         host = (offloaded.host_bytes, offloaded.moved_bytes) if isinstance(offloaded, Offloaded) else (0, 0)
         del engine, batches, leaves, groups, offloaded
     # a master and two moments read and written, the gradient read twice (norm and update), the copy written
     return Trace(
         tracer.sizes, tracer.kinds, tracer.events, dict(tracer.calls), sites, _dtype(config), gradients,
         parameters * 8 + 2 * moments + 2 * gradients + copies, tuple(sorted(tracer.opaque)),
-        *host,
+        *host, accumulated,
     )  # fmt: skip
 
 
@@ -620,7 +621,7 @@ def seconds(config: Config, found: Trace, target: Target, processes: int = 1) ->
         else:
             parts["again"] += micro_batches * count * forward
     parts["update"] = found.update_bytes / target.rates.reached_copy
-    parts["accumulate"] = (micro_batches - 1) * 3 * found.gradient_bytes / target.rates.reached_copy
+    parts["accumulate"] = (micro_batches - 1) * found.accumulated_bytes / target.rates.reached_copy
     if found.moved_bytes:
         copy = micro_batches * found.moved_bytes / target.host_link
         parts["transfer"] = max(0.0, copy - parts["forward"]) + max(0.0, copy - parts["backward"])

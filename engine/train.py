@@ -429,16 +429,12 @@ class Loop:
     last: Progress | None = None  # what was shown last
     recent: Recent = field(default_factory=Recent)  # the steps whose loss has not been read yet
     streak: int = 0  # of bad steps, up to the last that was read
+    rate: float = 0.0  # FLOP/s of a large product here, once it is measured
 
     def run(self, step: int, position: int = 0) -> Outcome:
         """From ``step``, done before, to the end. position: the first row that is read."""
         c, t, world, device = self.config, self.config.train, self.world, self.world.device
         micro_batches = t.batch_rows // (t.micro_rows * world.size)
-        self.reporter.status("measuring the matmul rate")
-        self.rate = metrics.matmul_rate(
-            device, self.engine.dtype, t.micro_rows * c.model.block_size, c.model.n_embd, c.model.hidden_width,
-            seconds=0.5 if device.type == "cuda" else 0.2,  # a GPU has to raise its clock
-        )  # fmt: skip
         self.flops = metrics.flops_per_token(c.model)
         lr, inverse_count = torch.zeros((), device=device), torch.full((), 1.0 / c.batch_tokens, device=device)
         self.reporter.status(
@@ -520,6 +516,8 @@ class Loop:
         if not seen:
             return
         now, (one, done) = time.perf_counter(), (seen[-1], seen[-1].done)
+        if self.rate == 0.0:  # after the first step: it starts sooner
+            self.rate = self._matmul_rate()
         seconds, count = now - self.clock, done.step - self.clock_step
         speed = count * self.config.batch_tokens / seconds if count > 0 else math.nan
         left = self.config.train.steps - done.step
@@ -536,6 +534,14 @@ class Loop:
         self._log({"kind": "step", **values, "skipped": one.skipped})
         self.streak = one.streak
         self._bad(seen, started)
+
+    def _matmul_rate(self) -> float:
+        model, rows = self.config.model, self.config.train.micro_rows
+        device = self.world.device
+        return metrics.matmul_rate(
+            device, self.engine.dtype, rows * model.block_size, model.n_embd, model.hidden_width,
+            seconds=0.5 if device.type == "cuda" else 0.2,  # a GPU has to raise its clock
+        )  # fmt: skip
 
     def _bad(self, seen: list[Seen], started: int) -> None:
         """Say which steps were bad, and dump the first of each streak."""

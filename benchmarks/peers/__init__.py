@@ -36,6 +36,7 @@ from tritium.engine.precision import bf16_gain_on_cpu
 
 NAMES = ("textbook", "huggingface", "huggingface_eager", "huggingface_liger", "litgpt", "torchtitan")
 REQUIRED = ("textbook", "huggingface", "litgpt")  # run on any device: a comparison without one of them is not whole
+KEEPS_MEMORY = "freed memory kept"
 AUTOTUNE = "max-autotune-no-cudagraphs"
 INSTALL = "in the source tree: pip install -e '.[peers]'"  # tritium is in no package index
 
@@ -77,7 +78,7 @@ class Variant:
         vocabulary = "padded V" if self.padded else "exact V"
         compiled = {"false": "eager", "default": "compiled"}.get(self.compile, f"compiled {self.compile}")
         matmul = "" if self.matmul == "highest" else f"matmul {self.matmul}"
-        memory = "freed memory kept" if self.keep_memory else ""
+        memory = KEEPS_MEMORY if self.keep_memory else ""
         return ", ".join(filter(None, (self.precision, matmul, vocabulary, compiled, self.extra, memory)))
 
 

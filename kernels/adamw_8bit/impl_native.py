@@ -50,10 +50,7 @@ def _launch(
         *(*(t.data_ptr() for t in scalars), beta1, beta2, eps, weight_decay),
         *(first_chunk.buffer_info()[0], torch.get_num_threads()),
     )
-    for theirs, ours in zip(written, dense, strict=True):
-        for target, source in zip(theirs, ours, strict=True):
-            if target is not source:  # it was not contiguous
-                target.copy_(source)
+    native.copy_back(written, dense)
 
 
 _MUTATES = ("params", "copies", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")

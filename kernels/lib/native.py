@@ -126,6 +126,14 @@ def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.is_contiguous() else t.contiguous() for t in tensors]
 
 
+def copy_back(written: Sequence[Sequence[Tensor]], dense: Sequence[Sequence[Tensor]]) -> None:
+    """What was written to copies of tensors that were not contiguous, into these; dense: from :func:`dense`."""
+    for theirs, ours in zip(written, dense, strict=True):
+        for target, source in zip(theirs, ours, strict=True):
+            if target is not source:
+                target.copy_(source)
+
+
 # tables for functions that take lists of tensors; pass ``table.buffer_info()[0]`` and keep the table alive
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tritium.benchmarks import arm as arms
 from tritium.benchmarks.arm import ArmError, ArmProcess
+from tritium.engine import waiting
 from tritium.engine.config import Config, GPTConfig
 
 MODEL = GPTConfig(vocab_size=200, block_size=32, n_layer=1, n_head=2, n_embd=32)
@@ -75,3 +76,36 @@ def test_peak_memory_is_the_process_s_own():
     assert before < 300 << 20
     assert 95 << 20 < grown < 130 << 20
     assert after < before + (60 << 20)
+
+
+@pytest.mark.parametrize("user", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "3"}])
+def test_threads_wait_as_the_users_of_each_have_them_wait(tmp_path, monkeypatch, user):
+    """A parent's own choice is no peer's; what the user has set is everyone's."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in user.items():
+        monkeypatch.setenv(name, value)
+    waiting.choose(os.environ)
+    chosen = {name: os.environ[name] for name in names if name in os.environ}
+    code = f"import json, os; print(json.dumps({{k: os.environ[k] for k in {names} if k in os.environ}}))"
+    monkeypatch.setattr(arms, "COMMAND", (sys.executable, "-c", code))
+    found = {}
+    for name in (arms.OURS, "textbook"):
+        with ArmProcess(name, None, tmp_path, tmp_path / "stderr.txt") as process:
+            found[name] = process.ask("environment")
+    assert found == {arms.OURS: chosen, "textbook": {} if not user else chosen}
+    assert chosen == user | ({} if "OMP_WAIT_POLICY" in user else {"OMP_WAIT_POLICY": "PASSIVE"}) | (
+        {} if user else {"GOMP_SPINCOUNT": str(waiting.SPINS)}
+    )
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_our_arm_watches_over_its_spinning(ours):
+    environment = waiting.as_given({k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"})
+    if ours:
+        waiting.choose(environment)
+    code = "import sys, threading; from tritium.benchmarks.arm import serve; serve(); print(threading.enumerate())"
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, input="", capture_output=True, text=True, env=environment, check=True)
+    assert ("tritium-watch" in done.stderr) == ours

@@ -117,7 +117,7 @@ class FakeArm:
             "startup_s": 1.0,
             "peak_bytes": 1,
             "threads": 2,
-            "variant": f"fp32 {self.mode}{' kept' if self.kept else ''}".strip(),
+            "variant": f"fp32 {self.mode}{f' {peers.KEEPS_MEMORY}' if self.kept else ''}".strip(),
             "kernels": kernels,
         }
 
@@ -227,10 +227,19 @@ def test_every_variant_is_tried_and_the_fastest_are_compared(tmp_path, monkeypat
     result = json.loads((tmp_path / "throughput_few_T16_B2.json").read_text())
     assert [row["tokens_per_s"] is None for row in result["screening"]] == [False, True, False, False, False, False]
     assert result["screening"][1]["problem"] == "this mode does not exist"
-    shipped, kept = ["fp32 default", "fp32 near"], ["fp32 default kept", "fp32 near kept"]
-    compared = shipped if gain > 1 else [*kept, shipped[0]]
+    shipped = ["fp32 default", "fp32 near"]
+    kept = [f"{variant} {peers.KEEPS_MEMORY}" for variant in shipped]
+    compared = shipped if gain > 1 else [kept[0], shipped[0], kept[1]]
     assert list(result["arms"]) == ["tritium: fp32", *(f"textbook: {variant}" for variant in compared)]
     assert result["best_peer"] == f"textbook: {compared[0]}"
+    # textbook alone is no baseline; with huggingface behind it it is one
+    monkeypatch.setattr(huggingface, "why_not", lambda device: None)
+    monkeypatch.setattr(huggingface, "variants", lambda device: [peers.Variant(compile="slow")])
+    monkeypatch.setattr(Varied, "step_ms", lambda self: FakeArm.step_ms(self) * (gain if self.kept else 1.0))
+    capsys.readouterr()
+    assert run(tmp_path, "--screening-steps", "3", "--peers", "textbook,huggingface") == 0
+    lent = "That one was lent what tritium does about memory; of those as they come, the best is textbook: fp32"
+    assert (lent in capsys.readouterr().out) == (gain < 1)
 
 
 def test_arms_that_the_memory_does_not_hold_are_left_out_and_said(monkeypatch, tmp_path, capsys):
@@ -361,6 +370,47 @@ def test_a_restart_that_fails_leaves_those_before_it(tmp_path, monkeypatch, caps
     monkeypatch.setattr(Deviating, "started", [("", "", 0)] * 7)
     with pytest.raises(record.RecordError):
         run_with(tmp_path / "none", "textbook,huggingface", "--B", "2", "--restarts", "5")  # the first one fails
+
+
+def test_ctrl_c_in_a_late_restart_leaves_those_before_it(tmp_path, monkeypatch, capsys, deviating):
+    class Interrupted(Deviating):
+        def step_ms(self):
+            if len(Deviating.started) > 9 and self.name == "textbook":
+                raise KeyboardInterrupt
+            return super().step_ms()
+
+    monkeypatch.setattr(throughput, "ArmProcess", Interrupted)
+    status, result = run_with(tmp_path, "textbook,huggingface,torchtitan", "--B", "2", "--restarts", "5")
+    assert (status, FakeArm.alive) == (130, 0)
+    model = result["settings"]["models"]["few"]
+    assert (model["restarts"], model["stopped"]) == (2, "restart 3 stopped by Ctrl-C")
+    assert all(fact["times"]["restarts"] == [0] * 3 + [1] * 3 for fact in result["arms"].values())
+    assert result["peers_absent"] == {"torchtitan": "was not reached: stopped by Ctrl-C"}  # another model, not begun
+    assert result["checks"][-1] == {"name": "ran to its end", "ok": False, "detail": "stopped by Ctrl-C"}
+    assert "not all of it ran: stopped by Ctrl-C" in capsys.readouterr().err
+    monkeypatch.setattr(Deviating, "started", [("", "", 0)] * 7)
+    with pytest.raises(KeyboardInterrupt):  # in the first restart: there is nothing to keep
+        run_with(tmp_path / "none", "textbook,huggingface,torchtitan", "--B", "2", "--restarts", "5")
+    assert not list((tmp_path / "none").glob("*"))
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt("stopped by SIGTERM"), arm.ArmError("tritium ended with status -9")])
+def test_a_model_that_cannot_be_timed_leaves_the_others_figures(tmp_path, monkeypatch, capsys, deviating, how):
+    class Fails(Deviating):
+        def step_ms(self):
+            if self.name == "tritium" and self.config.name != "few":
+                raise how
+            return super().step_ms()
+
+    monkeypatch.setattr(throughput, "ArmProcess", Fails)
+    status, result = run_with(tmp_path, "textbook,huggingface,torchtitan", "--B", "2", "--restarts", "3")
+    interrupted = isinstance(how, KeyboardInterrupt)
+    assert (status, FakeArm.alive) == (130 if interrupted else 1, 0)
+    assert {fact["peer"] for fact in result["arms"].values()} == {"tritium", "textbook", "huggingface"}
+    assert result["peers_absent"].keys() == {"torchtitan"}
+    assert f"could not be timed: {how}" in result["peers_absent"]["torchtitan"]
+    assert result["checks"][-1]["name"] == "ran to its end" and not result["checks"][-1]["ok"]
+    assert "NOT SO: ran to its end" in capsys.readouterr().out
 
 
 def test_a_peer_that_fails_after_its_screening_costs_itself(tmp_path, monkeypatch, capsys, all_installed):
