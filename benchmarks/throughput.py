@@ -393,8 +393,8 @@ class _Run:
         self, starts: Mapping[str, _Start], facts: Mapping[str, dict[str, Any]], fit: Fit, restarts: int, rounds: int
     ) -> list[dict[str, timing.Samples]]:
         """Time every arm in ``restarts`` processes, of which those of one restart live side by side: the timings of
-        each restart. Where an arm fails in a later one, or Ctrl-C ends it, those before it are kept, and ``stopped`` has
-        the reason."""
+        each restart. Where an arm fails in a later one, or Ctrl-C ends it, those before it are kept; why is in
+        ``stopped``."""
         drawn = random.Random(f"{self.seed} {fit.config.name}")
         taken: list[dict[str, timing.Samples]] = []
         for restart in range(restarts):
