@@ -9,7 +9,7 @@ waits for: a step becomes several times as long, where with sleeping threads it 
 So the threads spin, for at most SPINS turns, and a :class:`Watch` looks at how long this process's threads have been
 ready to run without a core (/proc/*/schedstat). Where that is more than SHARED of the time, it opens a second team of
 threads, which sleeps: libgomp does not spin while it has more threads than the machine has cores. When the cores have
-been free again for a while, the team is closed. It imports the standard library alone.
+been free for a while, the team is closed; so it is at the start too. It imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ def waited() -> dict[str, int] | None:
 
 
 class Judge:
-    """Whether the cores are shared, from how long threads waited for one; slow to believe that they are free again."""
+    """Whether the cores are shared, from how long threads waited for one; slow to believe that they are free. A process
+    begins as if they were: while it starts, its own threads import, draw weights and compile beside each other."""
 
     def __init__(self) -> None:
-        self.shared = False
+        self.shared = True
         self.free_for = 0
 
     def __call__(self, cores: float) -> bool:

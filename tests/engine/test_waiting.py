@@ -42,6 +42,7 @@ def test_where_nothing_could_watch_they_sleep(missing, monkeypatch, tmp_path):
 
 def test_cores_are_shared_at_once_and_free_again_after_a_while():
     judge = waiting.Judge()
+    assert all(map(judge, [0.0] * (waiting.PATIENCE - 1)))  # at the start they are not taken to be free
     assert not any(map(judge, [0.0, 0.01, 0.09]))
     assert judge(0.6)
     quiet = [0.01] * (waiting.PATIENCE - 1)
@@ -54,7 +55,8 @@ def test_a_watch_opens_one_team_and_closes_it():
     opened = []
     watch = waiting.Watch(lambda: opened.append)
     before = threading.active_count()
-    for cores, teams, alive in [(0.0, 0, 0), (0.5, 1, 1), (0.5, 1, 1), *[(0.0, 1, 1)] * 3, (0.0, 1, 0), (0.5, 2, 1)]:
+    start, quiet = (0.0, 1, 1), [(0.0, 1, 1)] * 2
+    for cores, teams, alive in [start, *quiet, (0.0, 1, 0), (0.09, 1, 0), (0.5, 2, 1), (0.5, 2, 1)]:
         watch.look(cores)
         assert (len(opened), threading.active_count() - before) == (teams, alive)
     assert set(opened) == {len(os.sched_getaffinity(0)) + 1}
