@@ -18,6 +18,7 @@ import os
 import pathlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, MutableMapping
 
 SPINS = 20_000  # of libgomp, some 0.3 ms: longer than what lies between two regions, and short against a time slice
@@ -119,25 +120,22 @@ def _opener() -> Callable[[int], object] | None:
 
 
 class Watch(threading.Thread):
-    """Looks every PERIOD_S seconds and lets threads spin or sleep; ends with the process, or at ``stop``."""
+    """Looks every PERIOD_S seconds and lets threads spin or sleep; ends with the process."""
 
     def __init__(self, opener: Callable[[], Callable[[int], object] | None] = _opener) -> None:
         super().__init__(name="tritium-watch", daemon=True)
-        self._opener, self._stop_asked = opener, threading.Event()
-        self.judge = Judge()
+        self._opener, self.judge = opener, Judge()
         self.team: Team | None = None
 
     def run(self) -> None:
         before = waited()
-        while before is not None and not self._stop_asked.wait(PERIOD_S):
+        while before is not None:
+            time.sleep(PERIOD_S)
             now = waited()
-            if now is None:
-                break
-            nanoseconds = sum(after - before.get(thread, after) for thread, after in now.items())
+            if now is not None:
+                nanoseconds = sum(after - before.get(thread, after) for thread, after in now.items())
+                self.look(nanoseconds / 1e9 / PERIOD_S)
             before = now
-            self.look(nanoseconds / 1e9 / PERIOD_S)
-        if self.team is not None:
-            self.team.close()
 
     def look(self, cores: float) -> None:
         shared = self.judge(cores)
@@ -148,10 +146,6 @@ class Watch(threading.Thread):
         elif not shared and self.team is not None:
             self.team.close()
             self.team = None
-
-    def stop(self) -> None:
-        self._stop_asked.set()
-        self.join()
 
 
 _watch: Watch | None = None
