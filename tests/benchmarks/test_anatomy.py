@@ -346,6 +346,28 @@ def test_a_norm_that_computes_twice_lands_in_its_row_twice(twice):
         assert min(first, second) > 0.1 * (first + second)  # or a row that misses one of them would not be seen
 
 
+def test_every_profiled_step_is_alone_in_its_profile(monkeypatch):
+    """What a profile keeps of one step lengthens the next (its large blocks are allocated anew, which shows as GEMM)."""
+    import torch.profiler
+
+    trained = training()
+
+    class Spy(torch.profiler.profile):
+        def __enter__(self):
+            trained.before = len(steps)
+            return super().__enter__()
+
+        def __exit__(self, *args):
+            profiled.append(range(trained.before, len(steps)))
+            return super().__exit__(*args)
+
+    profiled, steps, step = [], [], trained.step
+    monkeypatch.setattr(trained, "step", lambda *args: steps.append(step(*args)))
+    monkeypatch.setattr(torch.profiler, "profile", Spy)
+    anatomy.profile(trained, source(), steps=3)
+    assert [list(steps) for steps in profiled] == [[1], [3], [5]]
+
+
 def test_marks_are_gone_afterwards():
     trained = training()
     before = [site.function for _, site in anatomy_sites(trained)]
