@@ -41,3 +41,17 @@ def test_a_changed_record_is_seen(tmp_path):
         path.write_text(path.read_text().replace('"commit": "', '"commit": "0'))
     report.main([str(folder), "--out", str(tmp_path / "report.html"), "--markdown", str(page)])
     assert page.read_text() != before
+
+
+ANATOMIES = [
+    pytest.param(path, id=path.stem)
+    for path in sorted(RESULTS.rglob("*.json"))
+    if record.read(path).get("anatomy")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ANATOMIES)
+def test_an_anatomy_is_of_a_step_as_long_as_the_timed_one(path):
+    """Or what the profiler costs would show as the work it lengthens."""
+    value = {figure["name"]: figure["value"] for figure in record.read(path)["figures"]}
+    assert 0.9 < value["profiled step"] / value["step"] < 1.1
