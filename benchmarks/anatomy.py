@@ -327,8 +327,8 @@ def _marked(training: Training) -> Iterator[None]:
 
 
 def profile(training: Training, source: Callable[[], MicroBatch], steps: int = 5) -> tuple[Times, float]:
-    """Train ``steps`` steps on the batches that ``source`` hands out (on the host) under the profiler, each in a profile
-    of its own and after one that is not profiled.
+    """Train ``steps`` steps on the batches that ``source`` hands out (on the host) under the profiler, each in a
+    profile of its own and after one that is not profiled.
 
     Returns its times and its own milliseconds, of the step of median length.
     """

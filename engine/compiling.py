@@ -106,7 +106,8 @@ def sources() -> str:
 
 class Beside:
     """The compiler, loaded in a thread beside what else a start does (checkpoint, data, weights): its modules, which
-    take as long to import as torch itself, and what ``save_cache`` wrote at ``cache``. on: False does nothing.
+    take as long to import as torch itself, what ``save_cache`` wrote at ``cache``, and the digests of its own sources
+    that its keys hold. on: False does nothing.
 
     Until ``wait`` returns nobody else may import or use the compiler's modules: two threads that import modules which
     import each other may see half of one.
@@ -132,6 +133,7 @@ class Beside:
         try:
             for name in MODULES:
                 importlib.import_module(name)
+            _hash_the_compiler()
             if cache is not None:
                 load_cache(cache)
         except (ValueError, OSError) as error:
@@ -146,6 +148,15 @@ class Beside:
         if self.failure is not None:
             raise self.failure
         return self.problem
+
+
+def _hash_the_compiler() -> None:
+    """Make torch compute, and remember, the digests of its and Triton's sources (0.4 s at the first compilation)."""
+    from torch._inductor import codecache
+
+    codecache.torch_key()
+    if not torch.cuda.is_available():  # else it asks about the device, and this thread's need not be the process's
+        codecache.CacheBase.get_system()
 
 
 def save_cache(path: pathlib.Path) -> int:

@@ -81,7 +81,7 @@ def to_compute_dtype(model: Any, dtype: torch.dtype, head: bool = False) -> dict
     chosen = {*model.compute_parameters(), *([model.head_name] if head else [])}
     for name, parameter in model.named_parameters():
         if name in chosen:
-            masters[name] = parameter.detach().clone()
+            masters[name] = parameter.detach()  # keeps what it was made from
             parameter.data = parameter.data.to(dtype)
     for path, module in model.named_modules():
         if hasattr(module, "master"):

@@ -285,6 +285,7 @@ def main(config: Config, reporter: Reporter | None = None) -> Outcome:
         reporter = reporter or Reporter()
         if not world.first:
             reporter = Reporter(quiet=True)
+        gc.collect()  # an earlier run's model, in a notebook: before this one's, and before the compiler is loaded
         try:
             with allocator.freed_memory_kept(world.device.type == "cpu"), plan.advising(config, world):
                 return _run(config, world, reporter)
@@ -299,6 +300,7 @@ def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
         if why_not:
             reporter.warn(f"not compiling: {why_not}; training runs eagerly and slower")
         cache = out / CACHE if config.train.compile_cache else None
+        precision.resolve(config.train.precision, world.device)  # auto is measured: while no thread computes beside it
         with compiling.Beside(compiles, cache) as compiler, contextlib.ExitStack() as stack:
 
             def ready() -> None:

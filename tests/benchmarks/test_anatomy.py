@@ -347,7 +347,7 @@ def test_a_norm_that_computes_twice_lands_in_its_row_twice(twice):
 
 
 def test_every_profiled_step_is_alone_in_its_profile(monkeypatch):
-    """What a profile keeps of one step lengthens the next (its large blocks are allocated anew, which shows as GEMM)."""
+    """What a profile keeps of one step lengthens the next (large blocks are allocated anew: GEMM, it seems)."""
     import torch.profiler
 
     trained = training()

@@ -1,5 +1,7 @@
 """benchmarks/start.py: what it hands to a process and reads from it."""
 
+import time
+
 import pytest
 
 from tritium.benchmarks import start
@@ -32,6 +34,22 @@ def test_three_kinds_of_start_in_processes_of_their_own(monkeypatch, capsys):
         "new, with compile_cache.bin: 5.00 s, 25% (5.00, 5.00, 5.00)",
         "resumed: 7.00 s, 35% (7.00, 7.00, 7.00)",
     ]
+
+
+def test_the_first_step_of_a_real_run_is_timed(tmp_path):
+    """And what follows it is done, or, where that is not wanted, left."""
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "document number {i}"}}\n' for i in range(50)))
+    flags = {
+        "data.sources": tmp_path / "text.jsonl", "data.tokenizer": "bytes", "data.folder": tmp_path / "data",
+        "data.val_fraction": 0.2, "model.n_layer": 1, "model.n_embd": 16, "model.n_head": 2, "model.block_size": 16,
+        "train.batch_rows": 2, "train.micro_rows": 2, "train.compile": "false", "train.device": "cpu",
+        "train.eval_tokens": 32, "train.sample_tokens": 1, "run.tensorboard": False, "run.require_bigram": False,
+    }  # fmt: skip
+    argv = ["tiny", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+    for name, stop in (("left", True), ("done", False)):
+        began = time.time()
+        assert 0.1 < start.seconds(argv, tmp_path / name, 1, stop) < time.time() - began
+        assert (tmp_path / name / "checkpoints").exists() == (not stop)
 
 
 def test_a_run_that_fails_is_no_time(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """What a user types and reads: help, flags, mistakes, exits. Verbs that compute run on tiny models."""
 
 import dataclasses
+import gc
 import os
 import pathlib
 import re
@@ -32,6 +33,20 @@ def test_help_and_mistakes_load_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.rstrip().endswith("HEAVY set()")
+
+
+def test_a_start_of_training_is_not_held_up_by_collections(tritium, monkeypatch):
+    """torch and its compiler make a million objects that stay; and afterwards it is as it was, whatever happened."""
+    from tritium.engine import train
+
+    def main(config, reporter):
+        during.append(gc.get_threshold())
+        raise ConfigError("enough")
+
+    during, before = [], gc.get_threshold()
+    monkeypatch.setattr(train, "main", main)
+    assert tritium("train", "tiny", "--run.out", "x")[0] == 1
+    assert during[0][0] >= 100_000 and gc.get_threshold() == before
 
 
 def test_without_tyro_flags_cannot_be_read_and_it_says_what_to_do():

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -203,6 +204,29 @@ def test_the_compiler_is_loaded_beside_the_rest(kept, monkeypatch):
     with compiling.Beside(True, None) as beside:  # one that nobody waits for has ended all the same
         pass
     assert not beside.thread.is_alive()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_compilers_sources_are_hashed_beside_the_rest(gpu, monkeypatch):
+    """What the first compilation would wait for. About a GPU only the process's own thread may ask."""
+    from torch._inductor import codecache
+
+    asked = []
+    monkeypatch.setattr(codecache, "torch_key", lambda: asked.append(("torch", threading.current_thread().name)))
+    monkeypatch.setattr(
+        codecache.CacheBase, "get_system", lambda: asked.append(("system", threading.current_thread().name))
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    with compiling.Beside(True, None) as beside:
+        assert beside.wait() is None
+    assert asked == [("torch", "compiler"), ("system", "compiler")][: 2 - gpu]
+
+
+def test_torchs_digests_are_remembered():
+    from torch._inductor import codecache
+
+    assert codecache.torch_key() is codecache.torch_key()
+    assert codecache.CacheBase.get_system() is codecache.CacheBase.get_system()
 
 
 START = """

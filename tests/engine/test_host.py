@@ -1,12 +1,16 @@
 """Batches copied ahead, in an order of streams that is asserted; garbage at rest."""
 
 import gc
+import weakref
 
 import pytest
 import torch
 from tape import Streams
 
+from tritium.engine import train
+from tritium.engine.config import Config, RunConfig, TrainConfig
 from tritium.engine.host import Ahead, garbage_at_rest
+from tritium.engine.report import Reporter
 from tritium.engine.step import MicroBatch
 
 
@@ -73,3 +77,24 @@ def test_garbage_is_at_rest_for_the_duration():
         assert gc.isenabled() and gc.get_freeze_count() == 0
     finally:
         gc.callbacks.pop()
+
+
+def test_an_earlier_runs_model_is_gone_before_the_next_is_built(monkeypatch, tmp_path):
+    """As in a notebook: models lie in cycles, and during a run no garbage is collected."""
+
+    class Model:
+        pass
+
+    def run(*args):
+        seen.append(model())
+
+    earlier = Model()
+    earlier.itself, model, seen = earlier, weakref.ref(earlier), []
+    del earlier
+    monkeypatch.setattr(train, "_run", run)
+    gc.disable()
+    try:
+        train.main(Config(train=TrainConfig(device="cpu"), run=RunConfig(out=str(tmp_path))), Reporter(quiet=True))
+    finally:
+        gc.enable()
+    assert seen == [None]
