@@ -16,6 +16,7 @@ step. Compilation starts from nothing, whatever was compiled before. Any field o
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from tritium.engine.step import MicroBatch
 
 SHAPES = {"cpu": {"tiny": (256, 16), "gpt2_124m": (256, 2)}, "cuda": {"tiny": (256, 64), "gpt2_124m": (1024, 32)}}
+COLD = 256 << 20  # bytes, more than caches hold
 VOCAB_SIZE = 1024  # for a preset that takes its vocabulary from the data
 
 GEMM: record.Schema = {
@@ -145,23 +147,34 @@ def gemms(config: Config, tokens: int) -> list[Gemm]:
 
 
 def gemm_call(products: Sequence[Gemm], dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """A call that computes every product of a step as torch does, forward and backward, without a bias."""
+    """A call that computes every product of a step as torch does, forward and backward, without a bias.
+
+    As in the step: one layer after the other and back again, each with weights, inputs and gradients of its own, which
+    no cache still holds from the time before. (Beyond COLD bytes a layer takes those of an earlier one.)
+    """
     import torch
 
-    def operands(g: Gemm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        draw = torch.Generator(device).manual_seed(0)
-        shapes = ((g.N, g.C), (g.F, g.C), (g.N, g.F))
-        x, w, dy = (torch.randn(shape, device=device, dtype=dtype, generator=draw) for shape in shapes)
-        return x, w, dy
+    draw = torch.Generator(device).manual_seed(0)
+    layers = max(g.count for g in products)
+    layer = sum((g.N * g.C + g.F * g.C) * dtype.itemsize for g in products if g.count == layers)  # bytes
+    different = math.ceil(COLD / layer)
 
-    work = [(g.count, *operands(g)) for g in products]
+    def some(count: int, *shape: int) -> list[torch.Tensor]:
+        return [
+            torch.randn(shape, device=device, dtype=dtype, generator=draw) for _ in range(max(1, min(count, different)))
+        ]
+
+    work = [(g.count, some(g.count, g.N, g.C), some(g.count, g.F, g.C), *some(1, g.N, g.F)) for g in products]
+    order = [(i, *rest) for i in range(layers) for count, *rest in work if count == layers]
+    order += [(i, *rest) for count, *rest in work if count < layers for i in range(count)]  # the head
 
     def call() -> None:
-        for count, x, w, dy in work:
-            for _ in range(count):
-                torch.nn.functional.linear(x, w)
-                torch.mm(dy, w)
-                torch.mm(dy.t(), x)
+        gradients: collections.deque[torch.Tensor] = collections.deque(maxlen=different * len(products))
+        for i, xs, ws, _ in order:
+            torch.nn.functional.linear(xs[i % len(xs)], ws[i % len(ws)])
+        for i, xs, ws, dy in reversed(order):
+            torch.mm(dy, ws[i % len(ws)])
+            gradients.append(torch.mm(dy.t(), xs[i % len(xs)]))
 
     return call
 

@@ -211,6 +211,31 @@ def test_the_products_that_are_timed_are_those_that_are_listed():
     assert counter.get_total_flops() == 32 * 6 * metrics.matmul_parameters(MODEL)
 
 
+@pytest.mark.parametrize(("cold", "different"), [(1 << 30, 3), (1, 1)])
+def test_the_products_that_are_timed_find_nothing_in_a_cache_that_a_step_does_not(monkeypatch, cold, different):
+    """Forward through all layers and back, each layer with weights and inputs of its own, and gradients that stay; but
+    no more memory than that takes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.mm.default:
+                calls.append((tuple(args[0].shape), args[0].data_ptr(), args[1].data_ptr(), out.data_ptr()))
+            return out
+
+    monkeypatch.setattr(training, "COLD", cold)
+    products = training.gemms(CONFIG.replace(model={"n_layer": 3}), 32)
+    call, calls = training.gemm_call(products, torch.float32, "cpu"), []
+    with Seen():
+        call()
+    forward, backward = calls[:13], calls[13:]
+    assert len({w for _, _, w, _ in forward}) == len({x for _, x, _, _ in forward}) == 4 * different + 1
+    assert [w for _, _, w, _ in backward[::2]] == [w for _, _, w, _ in reversed(forward)]  # dx, from the head on
+    gradients = [out for _, _, _, out in backward[1::2]]
+    assert all(len(set(gradients[i : i + 5 * different])) == 5 * different for i in range(13 - 5 * different))
+
+
 # ----------------------------------------------------------------------------------------------------------- for real
 
 
