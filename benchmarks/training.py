@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from tritium.engine.parallel import World
     from tritium.engine.step import MicroBatch
 
+    Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x, w, dy
+
 SHAPES = {"cpu": {"tiny": (256, 16), "gpt2_124m": (256, 2)}, "cuda": {"tiny": (256, 64), "gpt2_124m": (1024, 32)}}
 COLD = 256 << 20  # bytes, more than caches hold
 VOCAB_SIZE = 1024  # for a preset that takes its vocabulary from the data
@@ -164,17 +166,21 @@ def gemm_call(products: Sequence[Gemm], dtype: torch.dtype, device: str) -> Call
             torch.randn(shape, device=device, dtype=dtype, generator=draw) for _ in range(max(1, min(count, different)))
         ]
 
-    work = [(g.count, some(g.count, g.N, g.C), some(g.count, g.F, g.C), *some(1, g.N, g.F)) for g in products]
-    order = [(i, *rest) for i in range(layers) for count, *rest in work if count == layers]
-    order += [(i, *rest) for count, *rest in work if count < layers for i in range(count)]  # the head
+    def operands(g: Gemm) -> Callable[[int], Operands]:
+        xs, ws, (dy,) = some(g.count, g.N, g.C), some(g.count, g.F, g.C), some(1, g.N, g.F)
+        return lambda i: (xs[i % len(xs)], ws[i % len(ws)], dy)
+
+    work = [(g.count, operands(g)) for g in products]
+    order = [of(i) for i in range(layers) for count, of in work if count == layers]
+    order += [of(i) for count, of in work if count < layers for i in range(count)]  # the head
 
     def call() -> None:
         gradients: collections.deque[torch.Tensor] = collections.deque(maxlen=different * len(products))
-        for i, xs, ws, _ in order:
-            torch.nn.functional.linear(xs[i % len(xs)], ws[i % len(ws)])
-        for i, xs, ws, dy in reversed(order):
-            torch.mm(dy, ws[i % len(ws)])
-            gradients.append(torch.mm(dy.t(), xs[i % len(xs)]))
+        for x, w, _ in order:
+            torch.nn.functional.linear(x, w)
+        for x, w, dy in reversed(order):
+            torch.mm(dy, w)
+            gradients.append(torch.mm(dy.t(), x))
 
     return call
 
