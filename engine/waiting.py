@@ -14,6 +14,7 @@ been free for a while, the team is closed; so it is at the start too. It imports
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pathlib
 import sys
@@ -26,8 +27,7 @@ PERIOD_S = 0.5
 SHARED, FREE = 0.1, 0.05  # of a core: beside one busy process 0.6 and more, alone 0.01
 PATIENCE = 4  # periods in which the cores must be free before threads spin again
 _OURS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(SPINS)}  # the first holds where there are too many threads
-_LIBRARY = pathlib.Path(__file__).parents[1] / "kernels" / "_native.so"
-_THREADS = pathlib.Path("/proc/self/task")
+_THREADS, _MAPS = pathlib.Path("/proc/self/task"), pathlib.Path("/proc/self/maps")
 
 
 def begin() -> None:
@@ -43,7 +43,7 @@ def choose(environment: MutableMapping[str, str]) -> bool:
     """Set what libgomp reads, unless the user has; whether that is ours, or was a parent's, and wants a watch."""
     if not any(name in environment for name in _OURS):
         environment["OMP_WAIT_POLICY"] = _OURS["OMP_WAIT_POLICY"]
-        if waited() is not None and _LIBRARY.exists():
+        if waited() is not None:
             environment.update(_OURS)
     environment.setdefault("OMP_WAIT_POLICY", _OURS["OMP_WAIT_POLICY"])
     return is_ours(environment)
@@ -114,9 +114,21 @@ class Team:
 
 
 def _opener() -> Callable[[int], object] | None:
-    """The native library's function, in a process that has loaded it: without, nothing here computes with threads."""
-    library = getattr(sys.modules.get("tritium.kernels.lib.native"), "library", lambda: None)()
-    return None if library is None else library.tritium_open_team
+    """What opens a team in each libgomp that this process has loaded, torch's and any other; None before torch is there
+    or where it computes with another OpenMP, which does not read our settings. It asks libgomp itself and not our
+    native library, which may be missing or of another version while torch's threads spin all the same.
+    """
+    if "torch._C" not in sys.modules:
+        return None
+    mapped = {line.split(maxsplit=5)[-1] for line in _MAPS.read_text().splitlines() if "libgomp" in line}
+    runtimes = [ctypes.CDLL(path) for path in sorted(mapped) if os.path.exists(path)]
+    nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)  # what each thread of a team calls, and no Python
+
+    def start(threads: int) -> None:
+        for runtime in runtimes:
+            runtime.GOMP_parallel(nothing, None, threads, 0)
+
+    return start if runtimes else None
 
 
 class Watch(threading.Thread):

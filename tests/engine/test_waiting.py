@@ -9,7 +9,6 @@ import threading
 import pytest
 
 from tritium.engine import waiting
-from tritium.kernels.lib import native
 
 GIVEN = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(waiting.SPINS)}
 
@@ -32,9 +31,8 @@ def test_what_the_user_has_set_stays(user, then, ours):
     assert waiting.as_given({**environment, "A": "b"}) == {"A": "b"} | ({} if ours else then)
 
 
-@pytest.mark.parametrize("missing", ["library", "schedstat"])
-def test_where_nothing_could_watch_they_sleep(missing, monkeypatch, tmp_path):
-    monkeypatch.setattr(waiting, "_LIBRARY" if missing == "library" else "_THREADS", tmp_path / "none")
+def test_where_nothing_could_watch_they_sleep(monkeypatch, tmp_path):
+    monkeypatch.setattr(waiting, "_THREADS", tmp_path / "none")
     environment: dict[str, str] = {}
     assert not waiting.choose(environment)
     assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -64,7 +62,7 @@ def test_a_watch_opens_one_team_and_closes_it():
     assert threading.active_count() == before
 
 
-def test_without_the_library_nothing_is_opened():
+def test_without_libgomp_nothing_is_opened():
     watch = waiting.Watch(lambda: None)
     watch.look(0.9)
     assert watch.judge.shared
@@ -98,7 +96,6 @@ SPUN = """
 import json, os, sys, threading, time
 import torch
 from tritium.engine import waiting
-from tritium.kernels.lib import native
 torch.set_num_threads(2)
 x = torch.randn(1 << 16)
 
@@ -131,11 +128,11 @@ for _ in range(waiting.PATIENCE):
     watch.look(0.0)
 assert watch.team is None
 found.append(spun())
+assert not any(name.startswith("tritium.kernels") for name in sys.modules)  # watched without the native library too
 print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 def test_a_second_team_stops_the_spinning_and_its_end_brings_it_back():
     def seconds(environment):
         env = waiting.as_given({k: v for k, v in os.environ.items() if k not in GIVEN}) | environment

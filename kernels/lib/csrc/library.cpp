@@ -22,14 +22,6 @@ TRITIUM_VISIBLE const char* tritium_isas() {
   return "base";
 }
 
-// Opens a team of so many OpenMP threads for the thread that calls; it lasts as long as that thread. Returns its size.
-TRITIUM_VISIBLE int tritium_open_team(int threads) {
-  int present = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : present)
-  present += 1;
-  return present;
-}
-
 TRITIUM_VISIBLE int tritium_has_cuda() {
 #ifdef TRITIUM_HAS_CUDA
   return 1;
