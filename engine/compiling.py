@@ -13,7 +13,6 @@ import platform
 import sys
 import threading
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -187,14 +186,17 @@ def load_cache(path: pathlib.Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             files = {name: archive.read(name) for name in archive.namelist()}  # each is held to its checksum
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        written_on, artifacts = files.pop("machine"), files.pop("artifacts")
+    except OSError:
+        raise
+    except Exception as error:  # by the bit that flipped: an unknown method, a password, a missing name, ...
         raise ValueError(f"{path} is damaged: {error}") from error
-    if files.pop("machine", b"").decode() != machine():
+    if written_on.decode() != machine():
         return False
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder = pathlib.Path(cache_dir())
-    artifacts, vectors = files.pop("artifacts"), json.loads(files.pop("vectors", b"[]"))
+    vectors = json.loads(files.pop("vectors", b"[]"))
     for name, content in files.items():
         kind, inner, file = pathlib.PurePath(name).parts  # written above
         target = folder / inner / file

@@ -167,6 +167,22 @@ def test_what_is_damaged_is_named_and_of_another_machine_not_used(kept, monkeypa
     assert len(read) == 1
 
 
+def test_no_flipped_bit_ends_a_start(kept):
+    """In the table at a zip's end, which no checksum holds: another method, version, name, a password."""
+    path, _, read = kept
+    whole = path.read_bytes()
+    names = set()
+    for i in range(8 * whole.index(b"PK\x01\x02"), 8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[i // 8] ^= 1 << i % 8
+        path.write_bytes(flipped)
+        with compiling.Beside(True, path) as beside:
+            problem = beside.wait()
+        names.add(type(problem).__name__)
+        assert all(content == b"artifacts" * 100 for content in read)
+    assert names == {"NoneType", "ValueError", "OSError"}
+
+
 def test_other_sources_of_kernels_are_another_key(tmp_path, monkeypatch):
     (tmp_path / "gelu").mkdir()
     (tmp_path / "gelu" / "impl_x.py").write_text("a = 1")
