@@ -8,7 +8,7 @@ from tape import Tape, Tapes
 
 from tritium.engine import capture, train
 from tritium.engine.capture import WARM_UP, CapturedStep
-from tritium.engine.config import Config, ConfigError, GPTConfig, OptimConfig, TrainConfig
+from tritium.engine.config import Config, ConfigError, DataConfig, GPTConfig, OptimConfig, TrainConfig
 from tritium.engine.parallel import World
 from tritium.engine.report import Reporter
 from tritium.engine.step import MicroBatch, train_step
@@ -33,7 +33,17 @@ class UndoingTapes(Tapes):
         return replay
 
 
-def config(micro_batches: int, precision: str = "fp32", flat: str = "false", **model) -> Config:
+class TwoAlike(World):
+    """Two processes with the same rows: what they sum is twice what one has."""
+
+    def sum_(self, tensors):
+        for tensor in tensors:
+            tensor.mul_(2.0)
+
+
+def config(
+    micro_batches: int, precision: str = "fp32", flat: str = "false", documents: bool = False, **model
+) -> Config:
     return Config(
         name="small",
         model=GPTConfig(vocab_size=61, vocab_multiple=4, block_size=16, n_layer=2, n_head=2, n_embd=24, **model),
@@ -45,12 +55,14 @@ def config(micro_batches: int, precision: str = "fp32", flat: str = "false", **m
             deterministic="true",
             flat=flat,
         ),
+        data=DataConfig(documents=documents),
         optim=OptimConfig(skip_outliers=6.0),  # so that losses and norms are in the state that is compared
     )
 
 
-def run(captured: bool, micro_batches: int, precision: str = "fp32", last: bool = True, **model):
-    """Losses, norms and weights of some steps with changing rates, batches and numbers of targets; and the log.
+def run(captured: bool, micro_batches: int, precision: str = "fp32", last: bool = True, world=World(), **model):
+    """Losses, norms and weights of some steps with changing rates, batches, documents and numbers of targets; and the
+    log.
 
     last: whether the last step is captured too.
     """
@@ -62,27 +74,31 @@ def run(captured: bool, micro_batches: int, precision: str = "fp32", last: bool 
         lr, inverse_count = torch.zeros(()), torch.zeros(())
         model_tensors = [*engine.model.parameters(), *engine.state().values()]
         graphs = UndoingTapes(model_tensors)
-        step = CapturedStep(engine.loss, engine.optimizer, World(), micro_batches, graphs)
-        results = []
+        step = CapturedStep(engine.loss, engine.optimizer, world, micro_batches, graphs)
+        results, given = [], []
         torch.manual_seed(1)
         for i in range(STEPS):
-            batches = [MicroBatch(rows[:, :-1].clone(), rows[:, 1:].clone()) for rows in data[i]]
+            start = (torch.arange(16).expand(2, 16) // (i + 2) * (i + 2)).to(torch.int32) if c.data.documents else None
+            batches = [MicroBatch(rows[:, :-1].clone(), rows[:, 1:].clone(), start) for rows in data[i]]
             if i % 2:
                 batches[0].targets[0, :5] = -100
+            given += [(t, t.clone()) for b in batches for t in (b.ids, b.targets, b.seq_start) if t is not None]
             lr.fill_(1e-3 * (i + 1))
             inverse_count.fill_(1.0 / sum(int((b.targets >= 0).sum()) for b in batches))
             if captured and (last or i < STEPS - 1):
                 results.append(step(batches, lr, inverse_count))
             else:
-                results.append(train_step(engine.loss, engine.optimizer, batches, lr, inverse_count))
+                results.append(train_step(engine.loss, engine.optimizer, batches, lr, inverse_count, world))
         state = {k: v.clone() for k, v in engine.state().items()}
+    assert all(torch.equal(t, as_it_was) for t, as_it_was in given)  # a bad step's batch is kept, to be dumped
     return results, state, graphs.log
 
 
 @pytest.mark.parametrize(
     ("micro_batches", "precision", "model"),
     [(1, "fp32", {}), (3, "fp32", {}), (1, "bf16", {}), (2, "bf16", {}), (2, "fp32", {"dropout": 0.2}),
-     (1, "bf16", {"flat": "true"}), (3, "bf16", {"flat": "true"})],
+     (1, "bf16", {"flat": "true"}), (3, "bf16", {"flat": "true"}), (2, "fp32", {"documents": True}),
+     (1, "fp32", {"world": TwoAlike(0, 2)}), (2, "bf16", {"world": TwoAlike(0, 2)})],
 )  # fmt: skip
 def test_a_captured_step_is_the_step(micro_batches, precision, model):
     plain, plain_state, _ = run(False, micro_batches, precision, **model)
@@ -93,9 +109,9 @@ def test_a_captured_step_is_the_step(micro_batches, precision, model):
     assert len({loss.item() for loss, _ in ours}) == STEPS  # and none was written over by the next
     for name, value in plain_state.items():
         assert torch.equal(value, state[name]), name
-    graphs = 1 if micro_batches == 1 else 3
+    graphs = min(micro_batches, 2) + (micro_batches > 1 or "world" in model)
     further = ["replay 1"] * (micro_batches - 1)
-    replays = ["replay 0"] if graphs == 1 else ["replay 0", *further, "replay 2"]
+    replays = ["replay 0"] if graphs == 1 else ["replay 0", *further, f"replay {graphs - 1}"]
     assert log == ["warm"] * WARM_UP + [f"capture {i}" for i in range(graphs)] + replays * (STEPS - WARM_UP)
 
 
