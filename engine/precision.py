@@ -12,28 +12,52 @@ to fp8 on the way in (kernels/lib/fp8.py; Config.kernel_choices says which). So 
 
 from __future__ import annotations
 
+import os
 import time
 from functools import cache
 from typing import Any
 
 import torch
 
+from tritium.engine.config import ConfigError
 from tritium.kernels.site import interpreting
 
 
 def resolve(precision: str, device: torch.device) -> torch.dtype:
     """The compute dtype for "auto", "fp32", "bf16" or "fp8". auto is bf16 where the device multiplies bf16
-    matrices faster than fp32 ones, except in Triton's interpreter, which cannot compute in it.
+    matrices faster than fp32 ones, except in Triton's interpreter, which cannot compute in it. ConfigError for bf16
+    where a CPU's products would be wrong.
     """
     if precision == "fp32" or (precision == "auto" and interpreting()):
         return torch.float32
     if precision in ("bf16", "fp8"):
-        return torch.bfloat16
-    if device.type == "cuda":
+        fast = True
+    elif device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         fast = bf16_gain_on_cpu() > 1.4
+    if fast and device.type == "cpu" and (reason := _threads_withheld()) is not None:
+        raise ConfigError(reason)
     return torch.bfloat16 if fast else torch.float32
+
+
+def _threads_withheld() -> str | None:
+    """Why libgomp may give a parallel region fewer threads than are asked for, if so: torch's bf16 products (oneDNN)
+    leave out the share of those that did not come, and all that they give is then memory that nobody wrote.
+    """
+    consequence = "torch's matrix products in bf16 are wrong with fewer (losses are NaN)"
+    if os.environ.get("OMP_DYNAMIC", "").strip().lower() == "true":
+        return (
+            f"OMP_DYNAMIC=true lets OpenMP start fewer threads than are asked for, and {consequence}; unset it, or use "
+            "--train.precision fp32"
+        )
+    limit, threads = os.environ.get("OMP_THREAD_LIMIT", "").strip(), torch.get_num_threads()
+    if limit.isdecimal() and 0 < int(limit) < threads:
+        return (
+            f"OMP_THREAD_LIMIT={limit} is below the {threads} threads that torch asks for, and {consequence}; set "
+            f"OMP_NUM_THREADS={limit} too, or use --train.precision fp32"
+        )
+    return None
 
 
 @cache

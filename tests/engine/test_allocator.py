@@ -1,5 +1,6 @@
 """Freed memory stays in the process while training, and goes back afterwards."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from tritium.engine import allocator, precision, train
-from tritium.engine.config import Config
+from tritium.engine.config import Config, ConfigError
 
 FAULTS = """
 import resource
@@ -138,6 +139,30 @@ def test_auto_precision_is_what_multiplies_faster(monkeypatch, gain, wanted):
     monkeypatch.setattr(precision, "bf16_gain_on_cpu", lambda: gain)
     assert precision.resolve("auto", torch.device("cpu")) == wanted
     assert precision.resolve("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({"OMP_DYNAMIC": "TRUE"}, "OMP_DYNAMIC=true lets OpenMP"),
+        ({"OMP_THREAD_LIMIT": "1"}, "OMP_THREAD_LIMIT=1 is below the 2 threads"),
+        ({"OMP_DYNAMIC": "false", "OMP_THREAD_LIMIT": "2"}, None),
+        ({"OMP_DYNAMIC": "", "OMP_THREAD_LIMIT": "2147483647"}, None),
+    ],
+)
+def test_bf16_with_threads_withheld_is_refused(monkeypatch, given, refused):
+    """oneDNN's products leave out what the threads that did not come should have computed."""
+    for name in ("OMP_DYNAMIC", "OMP_THREAD_LIMIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(precision, "bf16_gain_on_cpu", lambda: 4.0)
+    for asked in ("auto", "bf16", "fp8"):
+        with pytest.raises(ConfigError, match=refused) if refused else contextlib.nullcontext():
+            assert precision.resolve(asked, torch.device("cpu")) == torch.bfloat16
+    assert precision.resolve("fp32", torch.device("cpu")) == torch.float32
+    assert precision.resolve("bf16", torch.device("cuda")) == torch.bfloat16
 
 
 def test_the_gain_of_bf16_is_measured_without_touching_the_random_state():
