@@ -187,8 +187,9 @@ class TrainConfig:
     """
     flat: Literal["auto", "true", "false"] = "auto"
     """Parameters, their working copies, gradients and moments in one buffer each (for each kind of parameter), so that
-    one long tensor is summed over processes, normed and updated; gradients are copied there. Checkpoints do not depend
-    on it. auto: with several processes, but for moments in int8.
+    one long tensor is summed over processes, normed and updated; gradients are copied there. Either way continues the
+    other's checkpoints, and to the bit, but for moments in bf16: an element's random rounding depends on its place in
+    the buffer. auto: with several processes, but for moments in int8.
     """
     recompute: Literal["none", "full", "every", "selective", "budget", "offload"] = "none"
     """Activations recomputed in backward: none; every block (full); every recompute_every-th block; everything but the
