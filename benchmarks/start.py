@@ -63,6 +63,9 @@ def seconds(argv: list[str], out: pathlib.Path, steps: int, stop: bool) -> float
 
 
 def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return
     preset, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("gpt2_124m", argv)
     given = [preset, *(word for name, value in SIZE.items() for word in (f"--{name}", str(value))), *flags]
     taken: dict[str, list[float]] = {"from nothing": [], "new, with compile_cache.bin": [], "resumed": []}

@@ -432,6 +432,7 @@ class Loop:
     recent: Recent = field(default_factory=Recent)  # the steps whose loss has not been read yet
     streak: int = 0  # of bad steps, up to the last that was read
     rate: float = 0.0  # FLOP/s of a large product here, once it is measured
+    batches: Ahead | None = None
 
     def run(self, step: int, position: int = 0) -> Outcome:
         """From ``step``, done before, to the end. position: the first row that is read."""
@@ -443,6 +444,7 @@ class Loop:
             "compiling and running the first step" if self.engine.compiled else "running the first step"
         )
         batches = Ahead(self.task.batches(position, world.rank, world.size, pin_memory=device.type == "cuda"), device)
+        self.batches = batches
         tracer = self._tracer(step)
         self.dumps = Dumps(self.out, c.run.bad_steps, world, step, self.fresh, self.reporter.warn)
         guard = self.engine.optimizer.guard
@@ -732,9 +734,9 @@ class Loop:
             plot_losses(self.out)
 
     def close(self) -> None:
-        for file in (self.log, self.board):
-            if file is not None:
-                file.close()
+        for opened in (self.log, self.board, self.batches):  # of batches a thread, which an error would leave reading
+            if opened is not None:
+                opened.close()
 
 
 @torch.no_grad()

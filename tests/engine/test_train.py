@@ -1,6 +1,7 @@
 """The loop as a whole: what it leaves behind, and that a run which was killed continues as if nothing had happened."""
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -437,3 +439,21 @@ def test_processes_begin_with_equal_weights_and_draw_their_own_dropout(data, tmp
     weights = [list(engine.model.state_dict().values()) for engine in engines]
     assert all(torch.equal(a, b) for other in weights[1:] for a, b in zip(weights[0], other, strict=True))
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
+
+
+def test_a_run_that_fails_leaves_the_process_as_it_was(run_folder, tmp_path, monkeypatch):
+    """In a notebook, which keeps the error and with it all that the run held."""
+
+    def fail(*args):
+        assert not gc.isenabled() and any(t.name == "tritium-loader" for t in threading.enumerate())
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train.Engine, "step", fail)
+    stored = checkpoint.newest(run_folder, print).config
+    small = {"steps": 2, "batch_rows": 2, "micro_rows": 2, "compile": "false", "device": "cpu"}
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError) as kept:
+        train.main(stored.replace(train=small, run={"out": str(tmp_path / "run")}), Reporter(quiet=True))
+    assert kept.traceback and not any(t.name == "tritium-loader" for t in threading.enumerate())
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    assert signal.getsignal(signal.SIGINT) is before and not torch.are_deterministic_algorithms_enabled()
