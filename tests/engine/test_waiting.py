@@ -139,8 +139,9 @@ def test_a_second_team_stops_the_spinning_and_its_end_brings_it_back():
         done = subprocess.run([sys.executable, "-P", "-c", SPUN], capture_output=True, text=True, env=env, check=True)
         return json.loads(done.stdout)
 
-    spinning, sleeping, again = seconds(GIVEN)
-    passive = seconds({"OMP_WAIT_POLICY": "PASSIVE"})
-    assert sleeping < 0.2 * spinning
-    assert again > 0.3 * spinning
-    assert max(passive) < 0.2 * spinning
+    for _ in range(4):  # where other processes want the cores, a thread that would spin may not get to
+        spinning, sleeping, again = seconds(GIVEN)
+        passive = seconds({"OMP_WAIT_POLICY": "PASSIVE"})
+        if max(sleeping, *passive) < 0.2 * spinning and again > 0.3 * spinning:
+            return
+    raise AssertionError(f"seconds: spinning {spinning}, asleep {sleeping}, again {again}, always asleep {passive}")
