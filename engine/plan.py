@@ -18,8 +18,8 @@ where forward and backward are too short for it.
 
 A compiled step is seen through the graphs that Inductor is given (engine/graphs.py). Time is a roofline: the work of
 every call site by its op's ``cases.py``, forward, backward and computed again, at the rates of kernels/peaks.py; what
-lies between the call sites is counted as fused into them, and the host as never late. It is a bound and ranks settings;
-it does not forecast tokens/s.
+lies between the call sites is counted as fused into them, and the host as never late. Products in fp8 are counted at
+bf16's rate. It is a bound and ranks settings; it does not forecast tokens/s.
 """
 
 from __future__ import annotations
@@ -474,7 +474,8 @@ def _named_sites(engine: Engine) -> Iterator[tuple[str, CallSite]]:
 
 
 def _dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    """What a ``settled`` configuration computes in between its call sites; fp8 is bf16 with other matrix products."""
+    return torch.float32 if config.train.precision == "fp32" else torch.bfloat16
 
 
 def _phases(tracer: Tracer, engine: Engine) -> None:
@@ -802,8 +803,9 @@ def make(
 
     compiled: as torch.compile would make the step; some seconds for each setting. policies: of engine.recompute, all by
     default ("offload" for a GPU); "budget" gets what is left beside full recomputing, where keeping everything does not
-    fit. largest: rows of the largest micro-batch to look at. narrower: also look at what moments in fewer bits than the
-    configuration's make room for; as they change what is learned, they are chosen where nothing else fits only.
+    fit, and without "full" the configuration's own. largest: rows of the largest micro-batch to look at. narrower: also
+    look at what moments in fewer bits than the configuration's make room for; as they change what is learned, they are
+    chosen where nothing else fits only.
     """
     gpu = target.machine.device == "cuda"
     if policies is None:
@@ -827,18 +829,27 @@ def make(
             seen[policy, rows, kind] = measure(changed, target, processes, compiled)
         return seen[policy, rows, kind]
 
+    def good(policy: str, rows: int) -> bool:
+        try:
+            return at(policy, rows).fits
+        except ConfigError:
+            if policy != "budget":
+                raise
+            return False  # more rows than the inputs of the blocks leave room for in the budget
+
+    budget_is_free = "full" in policies  # else it is the configuration's, a policy like any other
     first: int | None = None  # what fits under one policy is where to begin with the next
-    for policy in (p for p in policies if p not in ("budget", "offload")):
-        if first is None and at(policy, sizes[0]).fits:  # one micro-batch, whose gradients need no sum in fp32
+    for policy in (p for p in policies if p != "offload" and not (p == "budget" and budget_is_free)):
+        if first is None and good(policy, sizes[0]):  # one micro-batch, whose gradients need no sum in fp32
             first = 0
         elif first is None:
-            first = _first_that_fits(sizes, lambda rows, policy=policy: at(policy, rows).fits)  # type: ignore[misc]
-        while first < len(sizes) - 1 and not at(policy, sizes[first]).fits:
+            first = _first_that_fits(sizes, lambda rows, policy=policy: good(policy, rows))  # type: ignore[misc]
+        while first < len(sizes) - 1 and not good(policy, sizes[first]):
             first += 1
-        while first > 0 and at(policy, sizes[first - 1]).fits:
+        while first > 0 and good(policy, sizes[first - 1]):
             first -= 1
         at(policy, sizes[first])
-    if "budget" in policies and "full" in policies:
+    if "budget" in policies and budget_is_free:
         for rows in sizes:
             none, full = seen.get(("none", rows, own)), seen.get(("full", rows, own))
             if full is not None and full.fits and (none is None or not none.fits):
@@ -1123,6 +1134,8 @@ def text(plan: Plan) -> str:
     )
     opaque = sorted({name for row in plan.rows for name in row.opaque})
     note = [f"not seen inside: {', '.join(opaque)}"] if opaque else []
+    if t.precision == "fp8":
+        note.append("products in fp8 are counted at bf16's rate")
     return "\n".join([about, "", *(line.rstrip() for line in table), "", *note, plan.why])
 
 

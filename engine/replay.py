@@ -70,6 +70,11 @@ def as_it_was(found: Checkpoint) -> Config:
 def check(was: Config, asked: Config) -> list[str]:
     """What ``asked`` changes of ``was``, as text; ConfigError where it would be another step."""
     changed = differences(was, asked)
+    if asked.train.micro_rows == 0:
+        raise ConfigError(
+            f"train.micro_rows=0 leaves the rows to a plan, and a replay is of one step, which had "
+            f"{was.train.micro_rows}; give a number, or leave the flag away"
+        )
     wrong = [d for d in changed if not d.startswith("kernels.") and d.partition(":")[0] not in _FREE]
     if wrong:
         raise ConfigError(

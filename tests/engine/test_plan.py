@@ -297,6 +297,17 @@ def test_seconds_are_the_rooflines_of_the_call_sites():
     assert plan.seconds(selective, plan.trace(selective, CPU), slow)["again"] < 0.05 * again["again"]
 
 
+def test_fp8_is_bf16_around_its_products():
+    """Attention, norms, the head and what is not named are not computed in fp32 because the layers are in fp8."""
+    seconds = {}
+    for precision in ("bf16", "fp8", "fp32"):
+        config = plan.settled(SMALL.replace(train={"precision": precision, "recompute": "full"}), CPU)
+        seconds[precision] = plan.seconds(config, plan.trace(config, CPU), GPU)
+    for part in ("forward", "backward", "update"):
+        assert seconds["fp8"][part] == pytest.approx(seconds["bf16"][part], rel=1e-6)
+        assert seconds["fp32"][part] > 1.05 * seconds["fp8"][part]
+
+
 def test_update_and_messages_are_bytes_over_rates():
     config = plan.settled(SMALL.replace(train={"batch_rows": 4, "micro_rows": 1}), GPU.machine)
     found = plan.trace(config, GPU.machine, processes=2)
@@ -447,6 +458,16 @@ def test_rows_left_to_the_plan_are_the_most_that_fit(monkeypatch):
     monkeypatch.setattr(plan.Target, "here", staticmethod(lambda *args: _target(1000)))
     with pytest.raises(ConfigError, match="micro_rows=0 asks for the rows that fit, and none was found: nothing fits"):
         plan.resolve(config, World())
+
+
+def test_rows_are_left_to_the_plan_under_a_budget_too(monkeypatch):
+    """The configuration's own budget, in which the inputs of the blocks find room for two rows and not for four."""
+    monkeypatch.setattr(plan.Target, "here", staticmethod(lambda *args: _target(10**12)))
+    inputs = L * T * C * 2  # bytes of a row, in bf16
+    config = SMALL.replace(train={"micro_rows": 0, "recompute": "budget", "recompute_budget_gb": 3 * inputs / 1e9})
+    assert plan.resolve(config, World())[0] == config.replace(train={"micro_rows": 2})
+    with pytest.raises(ConfigError, match="none was found: ConfigError: train.recompute_budget_gb"):
+        plan.resolve(config.replace(train={"recompute_budget_gb": 0.5 * inputs / 1e9}), World())
 
 
 def test_an_engine_is_not_built_without_rows():
