@@ -105,7 +105,7 @@ def to_compute_dtype(model: Any, dtype: torch.dtype, head: bool = False) -> dict
     chosen = {*model.compute_parameters(), *([model.head_name] if head else [])}
     for name, parameter in model.named_parameters():
         if name in chosen:
-            masters[name] = parameter.detach()  # keeps what it was made from
+            masters[name] = parameter.data  # what it was made from; detach() would share the copy's version counter
             parameter.data = parameter.data.to(dtype)
     for path, module in model.named_modules():
         if hasattr(module, "master"):
