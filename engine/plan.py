@@ -524,6 +524,8 @@ class Heap:
         self.ends: set[int] = set()  # of segments: free blocks do not join across
         self.top = 0  # where the one segment is free to its end
         self.size = 0  # of all segments: never falls
+        self.starts: set[int] = set()  # of segments
+        self.idle = 0  # bytes of segments that are free from end to end
 
     def take(self, key: int, size: int) -> None:
         need = -(-(size + self.header) // self.unit) * self.unit
@@ -531,6 +533,7 @@ class Heap:
         if holes:
             length, start = min(holes)
             self.free.remove((start, length))
+            self.idle -= length if self._whole(start, length) else 0
         elif self.segment is None:
             start, length = self.top, need + self.slack
             self.top += length
@@ -538,6 +541,7 @@ class Heap:
         else:
             start, length = self.size, self.segment(need)
             self.size += length
+            self.starts.add(start)
             self.ends.add(self.size)
         if length - need >= self.split:
             self._insert(start + need, length - need)
@@ -559,6 +563,10 @@ class Heap:
             self.top = start
         else:
             self.free.insert(at, (start, length))
+            self.idle += length if self._whole(start, length) else 0
+
+    def _whole(self, start: int, length: int) -> bool:
+        return start in self.starts and start + length in self.ends
 
 
 MIB = 1 << 20
@@ -570,7 +578,8 @@ def held(found: Trace, target: Target) -> int:
     glibc, with freed memory kept: blocks of 16 bytes with a header of 8, and 64 + 32 more while one is looked for that
     is aligned to 64, as torch asks. Without, what is freed is gone and all is as alive. torch on CUDA: blocks in units
     of 512 bytes, those up to 1 MiB from segments of 2 MiB, those below 10 MiB from segments of 20 MiB, larger ones from
-    their own in units of 2 MiB; of the larger ones a rest of up to 1 MiB is not split off.
+    their own in units of 2 MiB; of the larger ones a rest of up to 1 MiB is not split off. Segments that are free from
+    end to end do not count: it gives them back to the device before it says that memory is out.
     """
     if target.machine.device == "cuda":
         small = Heap(512, split=512, segment=lambda need: 2 * MIB)
@@ -581,6 +590,8 @@ def held(found: Trace, target: Target) -> int:
         small = large = Heap(16, header=8, slack=96)
     else:
         return found.peak()[0]
+    heaps = {id(heap): heap for heap in (small, large)}.values()
+    most = 0
     for event, _ in found.events:
         number = abs(event) - 1
         heap = large if found.sizes[number] > MIB else small
@@ -588,7 +599,8 @@ def held(found: Trace, target: Target) -> int:
             heap.take(number, found.sizes[number])
         else:
             heap.give(number)
-    return small.size + (large.size if large is not small else 0)
+        most = max(most, sum(heap.size - heap.idle for heap in heaps))
+    return most
 
 
 def workspace(machine: Machine) -> int:

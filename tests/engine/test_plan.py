@@ -297,6 +297,15 @@ def test_seconds_are_the_rooflines_of_the_call_sites():
     assert plan.seconds(selective, plan.trace(selective, CPU), slow)["again"] < 0.05 * again["again"]
 
 
+def test_segments_that_a_gpus_allocator_would_give_back_take_no_memory():
+    """40 MiB come and go before 42 MiB that find no room in them: never both are needed. Of a segment in use all is."""
+    MIB = plan.MIB
+    sizes, events = [40 * MIB, 42 * MIB, 2 * MIB], [1, -1, 2, 3]
+    found = dataclasses.replace(of(GPU.machine), sizes=sizes, events=[(event, "update") for event in events])
+    assert plan.held(found, GPU) == (42 + 40) * MIB, "the small block lies in the segment of the first"
+    assert plan.held(dataclasses.replace(found, events=found.events[:3]), GPU) == 42 * MIB
+
+
 def test_fp8_is_bf16_around_its_products():
     """Attention, norms, the head and what is not named are not computed in fp32 because the layers are in fp8."""
     seconds = {}
