@@ -282,7 +282,7 @@ def _wanted(hint: Any) -> str:
     if hint is bool:
         return "true or false"
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+        return "one of " + ", ".join(str(value) for value in typing.get_args(hint) if value != "")
     return "a value"
 
 

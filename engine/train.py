@@ -497,8 +497,11 @@ class Loop:
                 step = first = saved = self._rollback(due, position)
                 before = guard.state.clone()
         batches.close()
-        tracer.finish()
-        return self._finish(step, position, saved, interrupted=not last)
+        if last:
+            tracer.finish()  # what follows is no step
+        outcome = self._finish(step, position, saved, interrupted=not last)
+        tracer.finish()  # of a run that is stopped after its checkpoint: whoever stops it may not wait for a long trace
+        return outcome
 
     def _tracer(self, step: int) -> Tracer:
         steps = self.config.profiled

@@ -640,6 +640,28 @@ def test_the_profile_of_a_run_that_ends_within_it(data, tmp_path):
     assert (tmp_path / "profile" / "steps_7_8.trace.json").exists()
 
 
+def test_a_run_that_is_stopped_within_its_profile_saves_first(data, tmp_path, monkeypatch):
+    """A trace of many steps takes longer to write than whoever stops a run may wait."""
+    step, save = train.Engine.step, checkpoint.save
+
+    def stopped(self, *args):
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        steps.append(1)
+        return step(self, *args)
+
+    def saved(*args, **kwargs):
+        assert not (tmp_path / "profile").exists()
+        saves.append(1)
+        return save(*args, **kwargs)
+
+    steps, saves = [], []
+    monkeypatch.setattr(train.Engine, "step", stopped)
+    monkeypatch.setattr(checkpoint, "save", saved)
+    trained(config_for(data, tmp_path, run_profile="2:40"))
+    assert saves and (tmp_path / "profile" / "steps_2_4.trace.json").exists()
+
+
 def test_settings_of_bad_steps_are_checked_on_the_command_line(tritium):
     status, _, err = tritium("train", "tiny", "--profile", "9:2")
     assert status == 1 and "FIRST:LAST" in err
