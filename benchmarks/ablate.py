@@ -885,7 +885,7 @@ class _Run:
             if twin is None:
                 raise NothingToCompare(f"the baseline's twin is {row['status']}: {row['reason']}")
         room = r.together or max(1, self.room(self.rows[first.name]))
-        while pending and len(arms) <= room:
+        while pending and len(arms) <= room and (r.together or len(arms) == 1 or self.has_room(self.rows[first.name])):
             choice = pending.pop(0)
             arm = self.admit(choice)
             if arm is not None:
@@ -911,6 +911,14 @@ class _Run:
         """How many more arms like ``row``'s the memory holds, with room left for one step's own."""
         left = FILL * free_bytes(self.request.device) - (row["peak_bytes"] - row["own_bytes"])
         return int(left // row["own_bytes"])
+
+    def has_room(self, row: Mapping[str, Any]) -> bool:
+        """Whether one more arm like ``row``'s can be built now. On a CPU those before it took more than they hold: the
+        compiler's own memory, and holes in the heap."""
+        from tritium.engine import plan
+
+        margin = plan.HOLES_MARGIN if self.request.device == "cpu" else plan.MARGIN
+        return free_bytes(self.request.device) >= (1 + margin) * int(row["peak_bytes"])
 
     def time(self, arms: Mapping[str, Arm], twin: Arm | None) -> None:
         from tritium.benchmarks.training import Compiled

@@ -405,6 +405,25 @@ def test_without_a_baseline_there_is_nothing_to_compare(tmp_path, capsys):
     assert "the baseline (layer_norm=apex) is unavailable: layer_norm=apex" in capsys.readouterr().err
 
 
+def test_arms_that_took_more_memory_than_they_hold_leave_room_for_fewer(tmp_path, monkeypatch):
+    """An arm too many, and the system kills the process with all that was measured."""
+    free, admit = [1 << 40], ablate._Run.admit
+
+    def admitted(self, choice):
+        free[0] >>= 8  # after three arms 64 KiB
+        return admit(self, choice)
+
+    def released():
+        free[0] = 1 << 40
+
+    monkeypatch.setattr(ablate, "free_bytes", lambda device: free[0])
+    monkeypatch.setattr(ablate._Run, "admit", admitted)
+    monkeypatch.setattr(ablate, "_release", released)
+    status, result = run(tmp_path, "optim.lr=1e-2,1e-3,1e-4,1e-5", *SMALL, "--no-gate", "--no-twin")
+    assert status == 0
+    assert [row["group"] for row in result["arms"]] == [0, 0, 0, 1]
+
+
 def test_settings_that_change_no_result_are_green(tmp_path):
     """Precision, recomputing, micro-batches and padding against one reference; every arm in a group of its own."""
     axes = [
