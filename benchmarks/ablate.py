@@ -54,7 +54,6 @@ LOSS_STEPS = 3
 # of tiny at a width of 256: 8e-4, 1.2e-2, 0.18, 0.03.
 FLOORS = {"fp32": (1e-4, 5e-3, 1e-3, 1e-3), "bf16": (2e-3, 5e-3, 2e-2, 5e-3), "fp8": (1e-2, 5e-2, 5e-1, 1e-1)}
 FACTOR = 2.0
-FILL = 0.8  # of the free memory, that arms may take together
 WENT_TO_ITS_END, STOPPED = "the run went to its end", "stopped by Ctrl-C"
 TWIN_LEVEL = 0.99  # of the twin's interval: one quiet machine in a hundred is called noisy
 
@@ -658,16 +657,16 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is free on the device now."""
+    """Memory that is free on the device now, to this process."""
     import torch
+
+    from tritium.engine import allocator
 
     if device == "cuda":
         cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + cached
-    path = pathlib.Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-    return 1024 * kib if kib is not None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    available = allocator.available_bytes()
+    return available if available is not None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 # ------------------------------------------------------------------------------------------------------------ ablating
@@ -884,8 +883,7 @@ class _Run:
             row = self.rows.pop(key)
             if twin is None:
                 raise NothingToCompare(f"the baseline's twin is {row['status']}: {row['reason']}")
-        room = r.together or max(1, self.room(self.rows[first.name]))
-        while pending and len(arms) <= room and (r.together or len(arms) == 1 or self.has_room(self.rows[first.name])):
+        while pending and self.has_room(len(arms)):
             choice = pending.pop(0)
             arm = self.admit(choice)
             if arm is not None:
@@ -907,18 +905,16 @@ class _Run:
         self.rows = {choice.name: self.rows[choice.name] for choice in self.request.arms}
         self.stopped = True
 
-    def room(self, row: Mapping[str, Any]) -> int:
-        """How many more arms like ``row``'s the memory holds, with room left for one step's own."""
-        left = FILL * free_bytes(self.request.device) - (row["peak_bytes"] - row["own_bytes"])
-        return int(left // row["own_bytes"])
-
-    def has_room(self, row: Mapping[str, Any]) -> bool:
-        """Whether one more arm like ``row``'s can be built now. On a CPU those before it took more than they hold: the
-        compiler's own memory, and holes in the heap."""
+    def has_room(self, arms: int) -> bool:
+        """Whether one more arm fits beside so many, the baseline among them; one always has to. Asked anew for each:
+        on a CPU those before it took more than they hold, the compiler's memory and holes in the heap."""
         from tritium.engine import plan
 
-        margin = plan.HOLES_MARGIN if self.request.device == "cpu" else plan.MARGIN
-        return free_bytes(self.request.device) >= (1 + margin) * int(row["peak_bytes"])
+        r = self.request
+        if r.together or arms == 1:
+            return arms <= max(1, r.together)
+        margin = plan.HOLES_MARGIN if r.device == "cpu" else plan.MARGIN
+        return free_bytes(r.device) >= (1 + margin) * int(self.rows[r.arms[0].name]["peak_bytes"])
 
     def time(self, arms: Mapping[str, Arm], twin: Arm | None) -> None:
         from tritium.benchmarks.training import Compiled
