@@ -499,9 +499,10 @@ class Loop:
         batches.close()
         if last:
             tracer.finish()  # what follows is no step
-        outcome = self._finish(step, position, saved, interrupted=not last)
-        tracer.finish()  # of a run that is stopped after its checkpoint: whoever stops it may not wait for a long trace
-        return outcome
+        try:
+            return self._finish(step, position, saved, interrupted=not last)
+        finally:
+            tracer.finish()  # of a stopped run, after its checkpoint: whoever stops it may not wait for a long trace
 
     def _tracer(self, step: int) -> Tracer:
         steps = self.config.profiled
