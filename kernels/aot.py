@@ -28,7 +28,6 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -56,6 +55,7 @@ from triton.runtime.jit import JITFunction
 from tritium.kernels import peaks
 from tritium.kernels.case import Budget, Case
 from tritium.kernels.contract import site_of
+from tritium.kernels.interrupts import interrupts_held
 from tritium.kernels.op import Backend, KernelError, Op
 from tritium.kernels.ops import OPS
 from tritium.kernels.site import Machine, interpreting
@@ -559,18 +559,6 @@ def _begin_worker() -> None:
     torch.set_num_threads(1)
 
 
-@contextlib.contextmanager
-def _children_deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started within never see SIGINT, not even while they import: it is the parent's to answer, which does
-    when this ends."""
-    resource_tracker.ensure_running()  # starting it unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def run_jobs(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) -> list[Done]:
     """All jobs, in ``processes`` processes (1: in this one), in the order given. A compiler that crashes is an error of
     its job."""
@@ -592,9 +580,12 @@ def run_jobs(jobs: Sequence[Job], processes: int, say: Callable[[str], None]) ->
 
     def run(some: Sequence[Job], workers: int) -> list[Job]:
         """Run some jobs; returns those that a process died over: one of them killed it, and the pool with it."""
-        pool, died = ProcessPoolExecutor(workers, spawn, _begin_worker), []
+        died: list[Job] = []
+        resource_tracker.ensure_running()
+        with interrupts_held():
+            pool = ProcessPoolExecutor(workers, spawn, _begin_worker)
         try:
-            with _children_deaf_to_ctrl_c():
+            with interrupts_held():
                 pending: dict[Future[Done], Job] = {pool.submit(run_job, job): job for job in some}
             for future in as_completed(pending):
                 try:

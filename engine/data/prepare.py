@@ -31,7 +31,6 @@ import multiprocessing.connection
 import os
 import shlex
 import shutil
-import signal
 import threading
 import time
 from collections import deque
@@ -39,6 +38,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,6 +49,7 @@ from tritium.engine.data.corpus import Source
 from tritium.engine.data.errors import DataError, ReadError
 from tritium.engine.data.shards import Manifest, Shard, SplitManifest
 from tritium.engine.data.tokenizer import IDENTITY_FILE, TOKENIZER_FILE, Tokenizer, bpe_size, load_tokenizer, train_bpe
+from tritium.kernels.interrupts import interrupts_held
 
 SHARD_TOKENS = 1 << 25
 BATCH_BYTES = 256 * 1024
@@ -663,7 +664,11 @@ class _Pool:
         self.executor: ProcessPoolExecutor | None = None
         if workers > 0:
             context = multiprocessing.get_context("spawn")
-            self.executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(str(folder),))
+            resource_tracker.ensure_running()
+            with interrupts_held():
+                self.executor = ProcessPoolExecutor(
+                    workers, context, initializer=_start_worker, initargs=(str(folder),)
+                )
 
     def __enter__(self) -> _Pool:
         return self
@@ -679,7 +684,7 @@ class _Pool:
             return
         waiting: deque[tuple[_Batch, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
         for batch in batches:
-            with _interrupts_held():  # what the first call starts inherits it
+            with interrupts_held():  # the first call starts them
                 future = self.executor.submit(_tokenize_in_worker, batch.texts)
             waiting.append((batch, future))
             if len(waiting) >= self.in_flight_max:
@@ -688,17 +693,6 @@ class _Pool:
         while waiting:
             batch, future = waiting.popleft()
             yield batch, *future.result()
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C goes to the whole group, workers included, but the parent decides. A process started in here never gets
-    it; this one gets it at the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker_tokenizer: Tokenizer | None = None

@@ -530,7 +530,11 @@ def spin(ms):
 
 
 def test_a_planted_5_percent_of_a_step_is_found_and_an_equal_arm_is_not(tmp_path, monkeypatch, plant):
-    """A backend that spins for 5 % of a step, measured; and one that does not."""
+    """A backend that spins for 5 % of a step, measured; and one that does not.
+
+    An interval of 95 % may miss, and where an arm's memory lies is worth a percent or two: one unlucky measurement is
+    outvoted by the next two. (That none is found in noise is shown on made-up timings, in test_timing.py.)
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(timing, "clock_for", lambda device: CpuTime())
@@ -544,27 +548,32 @@ def test_a_planted_5_percent_of_a_step_is_found_and_an_equal_arm_is_not(tmp_path
         return ops.global_norm.reference(tensors)
 
     slow_name, same_name = plant("global_norm", slow), plant("global_norm", same)
-    try:
+
+    def problems(number):
         arm = ablate.Arm(CONFIG.replace(model={"n_embd": 128}, train={"batch_rows": 8, "micro_rows": 8}), "cpu")
         batch = ablate.curves.Markov(300, 8, 32).held_out
         times = CpuTime().times_ms([lambda: arm.step(batch)] * 30)
         cost_ms[0] = 0.05 * sorted(times)[15]
         axis = f"global_norm=reference,{slow_name},{same_name}"
         words = ["--T", "32", "--B", "8", "--rounds", "60", "--no-gate", "--model.n_embd", "128"]
-        _, result = run(tmp_path, axis, *words)
+        _, result = run(tmp_path / str(number), axis, *words)
+        rows = by_name(result)
+        slow_row, same_row = rows[f"global_norm={slow_name}"], rows[f"global_norm={same_name}"]
+        slow_ratio, same_ratio = slow_row["ratio"]["median"], same_row["ratio"]["median"]
+        held = {
+            "the planted arm is slower": slow_row["verdict"] == "slower" and slow_row["ratio"]["high"] < 1.0,
+            "by 5 %": 1 / slow_ratio - 1 == pytest.approx(0.05, abs=0.025),
+            "and by tokens/s": slow_row["delta_tokens_per_s"]["high"] < 0.0,
+            "the equal arm is equal": abs(same_ratio - 1) < 0.025,
+            "two arms, each as far off by its memory": same_ratio / slow_ratio - 1 == pytest.approx(0.05, abs=0.035),
+        }
+        return [f"{claim}: {slow_row}, {same_row}" for claim, true in held.items() if not true]
+
+    try:
+        if first := problems(0):
+            assert not (problems(1) or problems(2)), first
     finally:
         torch.set_num_threads(threads)
-    rows = by_name(result)
-    slow_row, same_row = rows[f"global_norm={slow_name}"], rows[f"global_norm={same_name}"]
-    assert slow_row["verdict"] == "slower"
-    assert slow_row["ratio"]["high"] < 1.0
-    assert 1 / slow_row["ratio"]["median"] - 1 == pytest.approx(0.05, abs=0.025)
-    assert slow_row["delta_tokens_per_s"]["high"] < 0.0
-    # an interval of 95 % may miss, and where an arm's memory lies is worth a percent: that none is found in noise is
-    # shown on made-up timings (test_timing.py)
-    assert abs(same_row["ratio"]["median"] - 1) < 0.025
-    # two arms, each as far off by the place of its memory
-    assert same_row["ratio"]["median"] / slow_row["ratio"]["median"] - 1 == pytest.approx(0.05, abs=0.035)
 
 
 def fabricated(**ms):
