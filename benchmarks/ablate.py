@@ -908,12 +908,12 @@ class _Run:
     def has_room(self, arms: int) -> bool:
         """Whether one more arm fits beside so many, the baseline among them; one always has to. Asked anew for each:
         on a CPU those before it took more than they hold, the compiler's memory and holes in the heap."""
-        from tritium.engine import plan
+        from tritium.engine import allocator, plan
 
         r = self.request
         if r.together or arms == 1:
             return arms <= max(1, r.together)
-        margin = plan.HOLES_MARGIN if r.device == "cpu" else plan.MARGIN
+        margin = plan.HOLES_MARGIN if r.device == "cpu" and allocator.policy() != "native" else plan.MARGIN
         return free_bytes(r.device) >= (1 + margin) * int(self.rows[r.arms[0].name]["peak_bytes"])
 
     def time(self, arms: Mapping[str, Arm], twin: Arm | None) -> None:

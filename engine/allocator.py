@@ -3,8 +3,10 @@
 A training step allocates and frees the same large tensors again and again. glibc gets each block of 128 KiB to 32 MiB
 and more from the kernel by mmap and returns it when it is freed, so every step pays for page faults and for zeroing the
 pages anew: 15 to 25 % of a step of GPT-2 124M on two cores (docs/log.md, 2026-11-24). What is kept lies in huge pages,
-where Linux gives them to who asks: another 2 % (2026-11-29). This is what peers reach with environment variables or
-another allocator; here it is part of training on a CPU. It imports the standard library alone.
+where Linux gives them to who asks: another 2 % (2026-11-29). Large tensors lie in a heap of our own, since in glibc's a
+step takes a fifth to more than twice as much as it asks for (2026-11-29). This is what peers reach with environment
+variables or another allocator; here it is part of training on a CPU. It imports the standard library alone, until it is
+used.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ _HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _OVERCOMMIT = pathlib.Path("/proc/sys/vm/overcommit_memory")
 _MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 << 20  # linux/mman.h; of x86-64, and of no harm where they are of another size
 _RESERVE_MAX = 64 << 30
+TORCHS_ALLOCATOR = b"libc10.so"  # the library whose allocator tensors come from
 _USERS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
 
 
@@ -41,6 +44,18 @@ def why_not() -> str | None:
     return None
 
 
+def policy() -> str:
+    """What becomes of memory that is freed while training on a CPU: "native" (large tensors keep it in the native
+    library's heap), "glibc" (in the C library's) or "" (it goes where the C library puts it)."""
+    if why_not() is not None:
+        return ""
+    opened = open_heap()
+    if opened is None:
+        return "glibc"
+    opened.tritium_heap_close()
+    return "native"
+
+
 @contextlib.contextmanager
 def freed_memory_kept(on: bool = True) -> Iterator[bool]:
     """For the duration, memory that is freed stays in the process for the next allocation; yields whether it does.
@@ -53,9 +68,12 @@ def freed_memory_kept(on: bool = True) -> Iterator[bool]:
     libc = ctypes.CDLL(None)
     done = [libc.mallopt(parameter, value) for parameter, value in _KEEP]
     ask_for_huge_pages(libc)
+    opened = open_heap()
     try:
         yield all(done)
     finally:
+        if opened is not None:
+            opened.tritium_heap_close()
         for parameter, value in _DEFAULTS:
             libc.mallopt(parameter, value)
         libc.malloc_trim(0)
@@ -68,13 +86,7 @@ def ask_for_huge_pages(libc: ctypes.CDLL) -> bool:
     Call it once freed memory is kept, or the heap shrinks again. Not done where the kernel gives none to who asks, nor
     where addresses count: under strict overcommit, or a limit on address space or data.
     """
-    try:
-        if "[madvise]" not in _HUGE_PAGES.read_text() or _OVERCOMMIT.read_text().strip() == "2":
-            return False
-    except OSError:
-        return False
-    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
-    if any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits):
+    if not (_huge_pages_on_request() and _addresses_are_free()):
         return False
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
@@ -86,6 +98,50 @@ def ask_for_huge_pages(libc: ctypes.CDLL) -> bool:
             begin = -(-begin // _HUGE_PAGE) * _HUGE_PAGE
             return end - begin >= _HUGE_PAGE and libc.madvise(begin, end - begin, _MADV_HUGEPAGE) == 0
     return False
+
+
+def open_heap() -> ctypes.CDLL | None:
+    """Let torch take its large tensors from the native library's own heap (kernels/lib/csrc/heap.cpp), whose holes the
+    next step's tensors fit into. Returns the library, whose ``tritium_heap_close`` ends it; None where glibc's heap has
+    to do: without the library, where addresses count, or where torch's own allocator is not as the heap knows it."""
+    from tritium.kernels.lib import native
+
+    library = native.library()
+    if library is None or not _addresses_are_free():
+        return None
+    reserve = max(2 * (available_bytes() or 0), _HUGE_PAGE) // _HUGE_PAGE * _HUGE_PAGE
+    library.tritium_heap_open.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int]
+    opened = library.tritium_heap_open(TORCHS_ALLOCATOR, reserve, int(_huge_pages_on_request())) == 0
+    return library if opened else None
+
+
+def heap_bytes() -> tuple[int, int, int]:
+    """Of the native heap: bytes that are taken, up to where the last of them ends, and the most of the latter since it
+    was opened; zeros where there is none."""
+    from tritium.kernels.lib import native
+
+    found = (ctypes.c_int64 * 3)()
+    if (library := native.library()) is not None:
+        library.tritium_heap_bytes(found)
+    return found[0], found[1], found[2]
+
+
+def _huge_pages_on_request() -> bool:
+    try:
+        return "[madvise]" in _HUGE_PAGES.read_text()
+    except OSError:
+        return False
+
+
+def _addresses_are_free() -> bool:
+    """Whether addresses that are asked for cost nothing before they are used: no strict overcommit, no limit."""
+    try:
+        if _OVERCOMMIT.read_text().strip() == "2":
+            return False
+    except OSError:
+        return False
+    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    return all(resource.getrlimit(limit)[0] == resource.RLIM_INFINITY for limit in limits)
 
 
 def _status_bytes(field: str) -> int | None:

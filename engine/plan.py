@@ -62,8 +62,8 @@ MOMENT_BYTES = {"fp32": 8, "bf16": 4, "int8": 2}  # of a parameter
 KINDS = ("parameters", "masters", "moments", "gradients", "activations", "logits", "temporary", "workspace", "holes")
 # how far the plan may be off: the worst error that tests and `python -m tritium.benchmarks.memory` allow it
 MARGIN = 0.10
-# the same where freed memory is kept in glibc's heap: small objects lie between the blocks and cut its holes up, and
-# which ones no plan sees; 1.07 was measured (docs/log.md, 2026-11-29)
+# the same where freed memory is kept in glibc's heap and not in ours: small objects lie between the blocks and cut its
+# holes up, and which ones no plan sees; 1.07 was measured (docs/log.md, 2026-11-29)
 HOLES_MARGIN = 1.25
 # bytes/s in one direction between GPUs of one board, half of what the datasheets call NVLink's bandwidth
 LINKS = {"A100": 300e9, "H100": 450e9, "H200": 450e9, "B200": 900e9}
@@ -82,14 +82,14 @@ class OutOfMemory(RuntimeError):
 @dataclasses.dataclass(frozen=True)
 class Target:
     """Where a run is to take place. memory: bytes that it may use there on each device. rates: what it computes and
-    moves. link: bytes/s between devices in one direction; host_link: to the host. kept: on a CPU, that freed memory
-    stays in the process (engine/allocator.py), where it lies in holes."""
+    moves. link: bytes/s between devices in one direction; host_link: to the host. kept: on a CPU, in which
+    heap freed memory stays, where it lies in holes: "native", "glibc" or none (engine/allocator.py's policy)."""
 
     machine: Machine
     memory: int
     rates: peaks.Peak
     link: float = math.inf
-    kept: bool = False
+    kept: str = ""
     host_link: float = math.inf
 
     @property
@@ -99,7 +99,7 @@ class Target:
     @property
     def margin(self) -> float:
         """Part of a plan that must be free beside it."""
-        return HOLES_MARGIN if self.kept else MARGIN
+        return HOLES_MARGIN if self.kept == "glibc" else MARGIN
 
     @staticmethod
     def gpu(name: str) -> Target:
@@ -133,7 +133,7 @@ class Target:
                 "tritium plan --memory_gb, or train.micro_rows above 0"
             )
         used = allocator.resident_bytes() if all_of_it else 0
-        return Target(machine, left + used, _rates_here(dtype), kept=allocator.why_not() is None)
+        return Target(machine, left + used, _rates_here(dtype), kept=allocator.policy())
 
 
 def _rates_here(dtype: torch.dtype) -> peaks.Peak:
@@ -570,17 +570,20 @@ class Heap:
 
 
 MIB = 1 << 20
+NATIVE_SMALLEST = MIB // 4  # bytes of a block of the native heap
 
 
 def held(found: Trace, target: Target) -> int:
     """Bytes that the process (on a CPU) or torch's allocator (on a GPU) holds at most for the blocks of the trace.
 
     glibc, with freed memory kept: blocks of 16 bytes with a header of 8, and 64 + 32 more while one is looked for that
-    is aligned to 64, as torch asks. Without, what is freed is gone and all is as alive. torch on CUDA: blocks in units
-    of 512 bytes, those up to 1 MiB from segments of 2 MiB, those below 10 MiB from segments of 20 MiB, larger ones from
-    their own in units of 2 MiB; of the larger ones a rest of up to 1 MiB is not split off. Segments that are free from
-    end to end do not count: it gives them back to the device before it says that memory is out.
+    is aligned to 64, as torch asks; from 256 KiB on the native library's, where there is one: units of 64, and 64 more
+    between two (kernels/lib/csrc/heap.cpp). Without, what is freed is gone and all is as alive. torch on CUDA: blocks
+    in units of 512 bytes, those up to 1 MiB from segments of 2 MiB, those below 10 MiB from segments of 20 MiB, larger
+    ones from their own in units of 2 MiB; of the larger ones a rest of up to 1 MiB is not split off. Segments that are
+    free from end to end do not count: it gives them back to the device before it says that memory is out.
     """
+    least = MIB + 1  # of the large ones
     if target.machine.device == "cuda":
         small = Heap(512, split=512, segment=lambda need: 2 * MIB)
         large = Heap(
@@ -588,13 +591,15 @@ def held(found: Trace, target: Target) -> int:
         )
     elif target.kept:
         small = large = Heap(16, header=8, slack=96)
+        if target.kept == "native":
+            large, least = Heap(64, header=64, split=64), NATIVE_SMALLEST
     else:
         return found.peak()[0]
     heaps = {id(heap): heap for heap in (small, large)}.values()
     most = 0
     for event, _ in found.events:
         number = abs(event) - 1
-        heap = large if found.sizes[number] > MIB else small
+        heap = large if found.sizes[number] >= least else small
         if event > 0:
             heap.take(number, found.sizes[number])
         else:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tritium.kernels.site import Site
 
-ABI = 8  # TRITIUM_ABI of csrc/tritium.h
+ABI = 9  # TRITIUM_ABI of csrc/tritium.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the codes of csrc/tritium.h
 LIBRARY = pathlib.Path(__file__).parents[1] / "_native.so"
 REASON = LIBRARY.with_name("_native_missing.txt")  # written by setup.py where the library could not be built

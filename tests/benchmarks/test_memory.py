@@ -6,7 +6,7 @@ import functools
 import pytest
 
 from tritium.benchmarks import memory
-from tritium.engine import plan
+from tritium.engine import allocator, plan
 
 SEED = 0
 QUICK = ((0, "fp32"), (1, "bf16"), (2, "int8"))
@@ -21,13 +21,22 @@ def test_the_plan_is_what_a_process_takes(number, moments):
         assert found.bytes["moments"] < 0.6 * memory.planned(drawn(SEED, number))[1]["moments"]
 
 
+def test_a_plan_with_freed_memory_kept_is_what_a_process_takes_too():
+    config = drawn(SEED, 0)  # for which glibc's heap takes a quarter more than it is planned to
+    planned, measured = memory.planned(config, kept=True)[0], memory.measured(config, kept=True)
+    if allocator.policy() == "native":
+        assert planned == pytest.approx(measured, rel=plan.MARGIN)
+    else:
+        assert measured <= planned * (1 + plan.HOLES_MARGIN)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_twelve_plans_are_what_processes_take():
-    """With freed memory kept they hold too little by no more than what is left free for it."""
     found = [memory.compare(memory.draw(SEED, number), kept=True) for number in range(12)]
     assert max(abs(c.error) for c in found) <= plan.MARGIN, found
-    assert all(c.kept_measured <= c.kept_planned * (1 + plan.HOLES_MARGIN) for c in found), found
+    margin = plan.MARGIN if allocator.policy() == "native" else plan.HOLES_MARGIN
+    assert all(c.kept_measured <= c.kept_planned * (1 + margin) for c in found), found
 
 
 @pytest.mark.full
@@ -48,5 +57,10 @@ def test_a_plan_that_is_off_is_an_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(memory, "compare", lambda config, kept: found)
     assert memory.main(["--count", "2"]) == 0
     assert "worst error 5.0% of 2" in capsys.readouterr().out
+    found = memory.Comparison("one", 100, 100, {}, 100, 115)
+    monkeypatch.setattr(allocator, "policy", lambda: "native")
+    assert memory.main(["--count", "1"]) == 1
+    monkeypatch.setattr(allocator, "policy", lambda: "glibc")
+    assert memory.main(["--count", "1"]) == 0 and "not held to it" in capsys.readouterr().out
     found = memory.Comparison("one", 100, 115, {})
     assert memory.main(["--count", "1"]) == 1

@@ -56,11 +56,12 @@ import pathlib, resource, sys
 import torch
 from tritium.engine import allocator
 
-def heap(field):
+def heap(field):  # of glibc's heap and of ours
     sizes, inside = 0, False
     for line in open("/proc/self/smaps"):
         if "-" in line.split()[0]:
-            inside = line.rstrip().endswith("[heap]")
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = line.rstrip().endswith("[heap]") or (len(line.split()) == 5 and end - begin > 1 << 30)
         elif inside and line.startswith(field + ":"):
             sizes += int(line.split()[1]) << 10
     return sizes
@@ -171,3 +172,119 @@ def test_the_gain_of_bf16_is_measured_without_touching_the_random_state():
     assert torch.equal(torch.get_rng_state(), before)
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert (0.02 < gain < 50) if fast else gain == 0.0
+
+
+REPLAY = """
+import random
+import torch
+from tritium.engine import allocator, plan
+
+named, allocator.TORCHS_ALLOCATOR = allocator.TORCHS_ALLOCATOR, b"libno.so"
+assert allocator.policy() == "glibc"  # no such library
+allocator.TORCHS_ALLOCATOR = named
+r, alive = random.Random(0), {}
+with allocator.freed_memory_kept():
+    model = plan.Heap(64, header=64, split=64)
+    begun, top, _ = allocator.heap_bytes()
+    assert (begun, top) == (0, 0), (begun, top)
+    for key in range(3000):
+        if alive and r.random() < (0.3 if key % 1000 < 500 else 0.7):
+            gone = r.choice(sorted(alive))
+            tensor = alive.pop(gone)
+            assert int(tensor[0]) == int(tensor[-1]) == gone, "one block lies in another"
+            del tensor
+            model.give(gone)
+        else:
+            size = int(2 ** r.uniform(18, 22)) if r.random() < 0.8 else 1 << 20
+            alive[key] = torch.empty(size // 4, dtype=torch.int32)
+            alive[key][0] = alive[key][-1] = key
+            model.take(key, alive[key].nbytes)
+        taken, top, most = allocator.heap_bytes()
+        assert (top, most) == (model.top, model.size), (key, top, most, model.top, model.size)
+        assert taken == sum(length for _, length in model.taken.values())
+    small = torch.empty((1 << 18) - 4, dtype=torch.uint8), torch.empty(1 << 18, dtype=torch.uint8)
+    assert allocator.heap_bytes()[0] == taken + (1 << 18) + 64  # the first is glibc's
+    try:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    except RuntimeError as error:
+        assert "memory" in str(error)
+    else:
+        raise AssertionError("a petabyte was given")
+print("as planned")
+"""
+
+THREADS = """
+import ctypes
+import multiprocessing
+import threading
+import torch
+from tritium.engine import allocator
+from tritium.kernels.lib import native
+
+heap, found = native.library(), (ctypes.c_int64 * 3)()
+torch.set_num_threads(1)  # OpenMP's threads are not there in a child of a fork, and are waited for
+
+def work(number, rounds):
+    kept = []
+    for i in range(50 * rounds):  # with the interpreter's lock let go
+        heap.tritium_heap_bytes(found)
+        torch.empty(1 << 18 + i % 3, dtype=torch.uint8)
+    for i in range(rounds):
+        kept.append(torch.full((70_000 + 1000 * (i * 7 % 13),), number, dtype=torch.int32))
+        if len(kept) > 5:
+            old = kept.pop(i % 5)
+            assert bool((old == number).all())
+
+def child():
+    work(99, 50)
+
+with allocator.freed_memory_kept():
+    mine = torch.full((100_000,), 7)
+    threads = [threading.Thread(target=work, args=(number, 400)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    children = [multiprocessing.get_context("fork").Process(target=child) for _ in range(6)]
+    for process in children:  # while threads hold the heap's lock now and then
+        process.start()
+    for process in children:
+        process.join(60)
+    assert [process.exitcode for process in children] == [0] * 6
+    for thread in threads:
+        thread.join()
+    assert bool((mine == 7).all())
+    with allocator.freed_memory_kept():
+        pass
+    other = torch.zeros(1 << 25)  # still the heap's, though an inner block has ended
+    assert allocator.heap_bytes()[0] > 1 << 27
+    resident = allocator.resident_bytes()
+assert bool((mine == 7).all()) and allocator.heap_bytes()[0] > 1 << 27
+del other
+assert allocator.heap_bytes()[0] < 1 << 22 and resident - allocator.resident_bytes() > 100 << 20
+late = torch.zeros(1 << 20)
+assert allocator.heap_bytes()[0] < 1 << 22  # taken from glibc, as before
+print("held")
+"""
+
+
+@pytest.mark.parametrize(("program", "said"), [(REPLAY, "as planned"), (THREADS, "held")], ids=["replay", "threads"])
+def test_the_native_heap(program, said):
+    """Large tensors lie where plan.Heap says, none in another, with threads and forks too; at the end memory goes."""
+    if allocator.policy() != "native":
+        pytest.skip("glibc's heap has to do here")
+    clean = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", *allocator._USERS)}
+    done = subprocess.run([sys.executable, "-P", "-c", program], env=clean, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == said, done.stderr
+
+
+def test_without_the_native_heap_glibc_keeps_it(monkeypatch):
+    from tritium.kernels.lib import native
+
+    if allocator.why_not() is not None:
+        return
+    assert allocator.policy() in ("native", "glibc")
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert allocator.policy() == "glibc" and allocator.heap_bytes() == (0, 0, 0)
+    with allocator.freed_memory_kept() as kept:
+        assert kept
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    assert allocator.policy() == ""
