@@ -658,7 +658,8 @@ def _plan(argv: list[str]) -> int:
     made = plan.make(config, target, options.gpus, compiled=config.train.compile != "false", say=say)
     print(plan.text(made))
     if made.chosen is not None:
-        print(f"\n{command()} train {options.preset} {' '.join([*fields, made.chosen.flags])}")
+        start = command() if options.gpus == 1 else f"torchrun --nproc-per-node={options.gpus} -m tritium.engine.cli"
+        print(f"\n{start} train {options.preset} {' '.join([*fields, made.chosen.flags])}")
     if options.json:
         pathlib.Path(options.json).write_text(plan.to_json(made))
     if options.picture:

@@ -149,6 +149,19 @@ class Beside:
         return self.problem
 
 
+@contextlib.contextmanager
+def forgotten(on: bool) -> Iterator[None]:
+    """What is compiled inside is forgotten afterwards; not by the caches on disk. Dynamo keeps all graphs of one
+    function together, those of models that are gone too, and refuses the ninth: a process would end there that trains
+    one configuration after the other.
+    """
+    try:
+        yield
+    finally:
+        if on and (dynamo := sys.modules.get("torch._dynamo")) is not None:
+            dynamo.reset()
+
+
 def _hash_the_compiler() -> None:
     """Make torch compute, and remember, the digests of its and Triton's sources (0.4 s at the first compilation)."""
     from torch._inductor import codecache

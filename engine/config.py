@@ -206,8 +206,8 @@ class TrainConfig:
     GB that the last blocks, at least two, may keep on the device.
     """
     loss_chunk: int = 0
-    """Rows (tokens) whose logits exist at one time, for the backends of linear_cross_entropy that chunk; 0: their own
-    choice.
+    """Rows (tokens) whose logits exist at one time, for the backends of linear_cross_entropy that chunk (native,
+    triton; with another one training warns that it changes nothing); 0: their own choice.
     """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu, cuda, or auto: a GPU where there is one."""

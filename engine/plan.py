@@ -303,6 +303,7 @@ class Trace:
     host_bytes: int = 0
     moved_bytes: int = 0
     accumulated_bytes: int = 0
+    unheeded: str = ""  # of the settings: what changes nothing
 
     def moments(self, round_to: int = 1) -> list[tuple[str, dict[str, int]]]:
         """(phase, bytes by kind) where most is alive in each quarter of each run through a phase; so it has as many
@@ -441,13 +442,14 @@ def trace(config: Config, machine: Machine, processes: int = 1, steps: int = 1, 
         copies = sum(p.nbytes for group in groups for p in group.copies)
         moments = sum(m.nbytes for m in tree_leaves([(g.exp_avgs, g.exp_avg_sqs, g.scales) for g in groups]))
         gradients, accumulated = engine.optimizer.gradient_bytes, engine.optimizer.accumulated_bytes
+        unheeded = train.unheeded_chunk(engine.model, config)
         host = (offloaded.host_bytes, offloaded.moved_bytes) if isinstance(offloaded, Offloaded) else (0, 0)
         del engine, batches, leaves, groups, offloaded
     # a master and two moments read and written, the gradient read twice (norm and update), the copy written
     return Trace(
         tracer.sizes, tracer.kinds, tracer.events, dict(tracer.calls), sites, _dtype(config), gradients,
         parameters * 8 + 2 * moments + 2 * gradients + copies, tuple(sorted(tracer.opaque)),
-        *host, accumulated,
+        *host, accumulated, unheeded,
     )  # fmt: skip
 
 
@@ -677,6 +679,7 @@ class Row:
     fits: bool
     opaque: tuple[str, ...] = ()
     host_bytes: int = 0
+    unheeded: str = ""
 
     @property
     def moments(self) -> str:
@@ -742,6 +745,7 @@ class _Look:
     seconds: dict[str, float]
     opaque: tuple[str, ...]
     host_bytes: int
+    unheeded: str
 
 
 def _look(config: Config, target: Target, processes: int, compiled: bool) -> _Look:
@@ -751,7 +755,7 @@ def _look(config: Config, target: Target, processes: int, compiled: bool) -> _Lo
         found.calls.update(trace(config, target.machine, processes).calls)
     moments = found.moments(1 if target.machine.device == "cpu" else 512)
     times = seconds(config, found, target, processes)
-    return _Look(moments, held(found, target), times, found.opaque, found.host_bytes)
+    return _Look(moments, held(found, target), times, found.opaque, found.host_bytes, found.unheeded)
 
 
 def _layers(config: Config) -> tuple[int, int]:
@@ -782,7 +786,7 @@ def measure(config: Config, target: Target, processes: int = 1, compiled: bool =
             for (phase, x), (_, y) in zip(a.moments, b.moments, strict=True)
         ]
         times = {part: line(x, b.seconds[part]) for part, x in a.seconds.items()}
-        look = _Look(moments, round(line(a.held, b.held)), times, a.opaque, a.host_bytes)
+        look = _Look(moments, round(line(a.held, b.held)), times, a.opaque, a.host_bytes, a.unheeded)
     alive, kinds, phase = _most(look.moments)
     kinds["workspace"] = workspace(target.machine)
     kinds["holes"] = max(0, look.held - alive)
@@ -792,7 +796,7 @@ def measure(config: Config, target: Target, processes: int = 1, compiled: bool =
     }
     settings["moments"] = config.optim.moments
     fit = fits(sum(kinds.values()), target)
-    return Row(settings, kinds, phase, look.seconds, fit, look.opaque, look.host_bytes)
+    return Row(settings, kinds, phase, look.seconds, fit, look.opaque, look.host_bytes, look.unheeded)
 
 
 def fits(taken: int, target: Target) -> bool:
@@ -1153,6 +1157,7 @@ def text(plan: Plan) -> str:
     note = [f"not seen inside: {', '.join(opaque)}"] if opaque else []
     if t.precision == "fp8":
         note.append("products in fp8 are counted at bf16's rate")
+    note += sorted({row.unheeded for row in plan.rows if row.unheeded})
     return "\n".join([about, "", *(line.rstrip() for line in table), "", *note, plan.why])
 
 

@@ -164,6 +164,22 @@ def build(
     return Engine(config, model, optimizer, loss, table, dtype, world, compiled, captured)
 
 
+def unheeded_chunk(model: GPT, config: Config) -> str:
+    """A sentence where train.loss_chunk is given and changes nothing: not every backend of the loss heeds it."""
+    if not config.train.loss_chunk:
+        return ""
+    site = model.head.linear_cross_entropy
+    if site is not None and site.bound["train"].chunks:
+        return ""
+    op_name = "cross_entropy" if site is None else site.op.name
+    why = "model.fused_loss=false" if site is None else f"{op_name}={site.bound['train'].name}"
+    fused = " with --model.fused_loss true" if site is None else ""
+    return (
+        f"train.loss_chunk={config.train.loss_chunk} changes nothing: {why} does not chunk by it; "
+        f"use --kernels.linear_cross_entropy native on a CPU, triton on a GPU{fused}"
+    )
+
+
 def check_kernels(config: Config, device: torch.device) -> None:
     """KernelError when a kernel choice cannot be met: said before the data is prepared, which may take hours.
 
@@ -301,7 +317,11 @@ def _run(config: Config, world: World, reporter: Reporter) -> Outcome:
             reporter.warn(f"not compiling: {why_not}; training runs eagerly and slower")
         cache = out / CACHE if config.train.compile_cache else None
         precision.resolve(config.train.precision, world.device)  # auto is measured: while no thread computes beside it
-        with compiling.Beside(compiles, cache) as compiler, contextlib.ExitStack() as stack:
+        with (
+            compiling.forgotten(compiles),
+            compiling.Beside(compiles, cache) as compiler,
+            contextlib.ExitStack() as stack,
+        ):
 
             def ready() -> None:
                 compiler.wait()
@@ -376,6 +396,8 @@ def _prepare_and_run(
         f"{'compiled' if engine.compiled else 'eager'}, {config.batch_tokens:,} tokens a step"
     )
     reporter.note(op.format_table(engine.table))
+    if unheeded := unheeded_chunk(engine.model, config):
+        reporter.warn(unheeded)
 
     step = position = tries = 0
     if found is not None:

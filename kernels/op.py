@@ -78,6 +78,11 @@ class Backend:
         """ "fp8" where it rounds its operands to less than the compute dtype; None for the compute dtype."""
         return getattr(self.module, "PRECISION", None)
 
+    @property
+    def chunks(self) -> bool:
+        """Whether it heeds the argument ``chunk`` (of linear_cross_entropy)."""
+        return bool(getattr(self.module, "CHUNKS", False))
+
 
 class Op:
     """One op. ``updates`` names the arguments it mutates; such an op has no autograd (the optimizer's).

@@ -21,6 +21,7 @@ from tritium.kernels.cross_entropy.reference import check_options
 from tritium.kernels.lib import native
 from tritium.kernels.site import Site
 
+CHUNKS = True
 DETERMINISTIC = True  # at a fixed number of threads, as torch's GEMMs are
 
 CHUNK_BYTES = 128 * 2**20  # of logits: so large that adding up dW costs little beside the GEMMs

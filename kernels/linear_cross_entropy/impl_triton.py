@@ -32,6 +32,7 @@ from tritium.kernels.cross_entropy import impl_triton as cross_entropy
 from tritium.kernels.lib import triton_launch as launch
 from tritium.kernels.site import Site, interpreting
 
+CHUNKS = True
 DETERMINISTIC = True
 # of logits: 5,300 rows of GPT-2's vocabulary in bf16, where the traffic of dW is below 7 % of the GEMMs' time
 CHUNK_BYTES = 512 * 2**20

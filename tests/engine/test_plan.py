@@ -139,6 +139,17 @@ def test_logits_are_those_of_a_chunk():
         assert max(sizes) == rows * V * 2
 
 
+def test_a_chunk_that_the_losss_backend_does_not_heed_is_said():
+    for backend, heeded in (("reference", False), ("triton", True)):
+        chosen = SMALL.replace(train={"loss_chunk": 32}, kernels={"linear_cross_entropy": backend})
+        found = plan.make(chosen, GPU, policies=("none",), narrower=False)
+        sizes = {row.bytes["logits"] for row in found.rows}
+        assert ("train.loss_chunk=32 changes nothing" in plan.text(found)) is not heeded
+        plain = plan.make(chosen.replace(train={"loss_chunk": 0}), GPU, policies=("none",), narrower=False)
+        assert ({row.bytes["logits"] for row in plain.rows} == sizes) is not heeded
+        assert "changes nothing" not in plan.text(plain)
+
+
 def test_a_compiled_step_keeps_what_the_compiler_decided():
     """No more than eagerly; the loss's chunk and what stays are the same."""
     config = plan.settled(SMALL, CPU)
@@ -558,8 +569,9 @@ def test_the_command_shows_writes_and_draws(tritium, tmp_path):
         assert f"{r['peak_bytes'] / 1e9:.2f}" in out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     chosen = found["chosen"]
-    assert out.rstrip().endswith(
-        "train tiny --model.n_layer 2 --train.batch_rows 4 --train.compile false "
+    assert out.rstrip().splitlines()[-1] == (
+        "torchrun --nproc-per-node=2 -m tritium.engine.cli train tiny --model.n_layer 2 "
+        "--train.batch_rows 4 --train.compile false "
         f"--train.recompute {chosen['recompute']} --train.micro_rows {chosen['micro_rows']}"
     )
 

@@ -1,6 +1,7 @@
 """The loop as a whole: what it leaves behind, and that a run which was killed continues as if nothing had happened."""
 
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -17,7 +18,7 @@ import time
 import pytest
 import torch
 
-from tritium.engine import checkpoint, train
+from tritium.engine import checkpoint, compiling, train
 from tritium.engine.config import (
     Config,
     ConfigError,
@@ -240,6 +241,16 @@ def test_compiled_training_resumes_bit_for_bit_too(data, tmp_path, start):
             shutil.rmtree(path)
     assert "resumed from" in start(placed(config, parts)).finish()
     assert_identical(whole, parts)
+
+
+def test_runs_in_one_process_do_not_use_up_the_compilers_limit(data, tmp_path, monkeypatch):
+    """One configuration after the other, as in a notebook: Dynamo counts GPT.forward's graphs, whichever model's."""
+    compile = functools.partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
+    monkeypatch.setattr(compiling, "compiled", lambda model, *rest: compile(model))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for rows in (1, 2, 4):
+            config = config_for(data, tmp_path / str(rows), train_steps=1, train_compile="true", train_micro_rows=rows)
+            assert train.main(config, Reporter(quiet=True)).status == "done"
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(data, tmp_path, start):
