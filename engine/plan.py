@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tritium.engine import allocator, graphs
-from tritium.engine.config import Config, ConfigError
+from tritium.engine.config import Config, ConfigError, data_folder
 from tritium.engine.offload import STAY, Offloaded
 from tritium.engine.parallel import World
 from tritium.kernels import op, peaks
@@ -380,8 +380,25 @@ def _launchers_run(machine: Machine) -> Iterator[None]:
             del FakeTensor.data_ptr
 
 
+def vocabulary(config: Config) -> int:
+    """model.vocab_size, or where training takes it from the data (0) the ids of its tokenizer: that of the prepared
+    folder, or the one by which the folder would be prepared. DataError where there is no such tokenizer."""
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    from tritium.engine.data import tokenizer
+    from tritium.engine.data.prepare import is_prepared
+
+    folder, spec = data_folder(config), config.data.tokenizer
+    if is_prepared(folder):
+        return tokenizer.load_tokenizer(folder).vocab_size
+    if spec == "gpt2":
+        return 50257  # loading it may fetch it
+    return tokenizer.bpe_size(spec) or tokenizer.load_tokenizer(spec).vocab_size
+
+
 def settled(config: Config, machine: Machine) -> Config:
-    """With nothing left to ask the device: a precision for "auto" and whether it is deterministic."""
+    """With nothing left to ask the device or the data: a precision for "auto", whether it is deterministic, and the
+    vocabulary."""
     t = config.train
     cuda = machine.device == "cuda"
     precision = t.precision
@@ -393,7 +410,7 @@ def settled(config: Config, machine: Machine) -> Config:
         precision = "bf16" if resolve("auto", torch.device("cpu")) == torch.bfloat16 else "fp32"
     deterministic = t.deterministic if t.deterministic != "auto" else ("false" if cuda else "true")
     return config.replace(
-        model={"vocab_size": config.model.vocab_size or 50257},
+        model={"vocab_size": vocabulary(config)},
         train={"precision": precision, "deterministic": deterministic},
     )
 
@@ -411,7 +428,9 @@ def trace(config: Config, machine: Machine, processes: int = 1, steps: int = 1, 
     tracer = Tracer((c.vocab_size, c.padded_vocab_size))
     world = _Apart(size=processes)
     parts = min(2, t.batch_rows // (t.micro_rows * processes))  # more of them take no more memory than two
-    config = config.replace(train={"batch_rows": t.micro_rows * processes * parts})
+    # a captured step is looked at as the plain one: what it captures is that
+    graphs_of_a_gpu = "false" if machine.device == "cuda" else t.cuda_graphs
+    config = config.replace(train={"batch_rows": t.micro_rows * processes * parts, "cuda_graphs": graphs_of_a_gpu})
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -1150,7 +1169,8 @@ def text(plan: Plan) -> str:
     c, t = plan.config, plan.config.train
     about = (
         f"{c.name} on {plan.processes} × {plan.target.name} ({plan.target.memory / 1e9:.1f} GB): {t.precision}, "
-        f"{t.batch_rows} rows of {c.model.block_size} tokens a step. GB of one device; least times (roofline); "
+        f"{t.batch_rows} rows of {c.model.block_size} tokens a step, {c.model.vocab_size:,} ids. "
+        "GB of one device; least times (roofline); "
         f"{'compiled' if plan.compiled else 'eager'}; nothing was run."
     )
     opaque = sorted({name for row in plan.rows for name in row.opaque})

@@ -10,6 +10,7 @@ import torch
 
 from tritium.engine import graphs, plan, presets, train
 from tritium.engine.config import Config, ConfigError, GPTConfig, TrainConfig
+from tritium.engine.data.prepare import prepare
 from tritium.engine.parallel import World
 from tritium.engine.report import Reporter
 from tritium.kernels.autograd import LAUNCHERS
@@ -148,6 +149,28 @@ def test_a_chunk_that_the_losss_backend_does_not_heed_is_said():
         plain = plan.make(chosen.replace(train={"loss_chunk": 0}), GPU, policies=("none",), narrower=False)
         assert ({row.bytes["logits"] for row in plain.rows} == sizes) is not heeded
         assert "changes nothing" not in plan.text(plain)
+
+
+@pytest.mark.parametrize(("spec", "ids"), [("bytes", 257), ("bpe:1024", 1024), ("gpt2", 50257)])
+def test_a_vocabulary_that_the_data_gives_is_its_tokenizers(spec, ids, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # nothing is prepared
+    config = SMALL.replace(model={"vocab_size": 0}, data={"tokenizer": spec})
+    assert plan.settled(config, GPU.machine).model.vocab_size == ids
+    assert plan.settled(SMALL, GPU.machine).model.vocab_size == V
+
+
+def test_a_vocabulary_that_the_data_gives_is_that_of_the_prepared_folder(tmp_path):
+    (tmp_path / "text.txt").write_text("some words, and again some words\n" * 9999)
+    prepare([tmp_path / "text.txt"], tmp_path / "shards", tokenizer="bytes", say=lambda text: None)
+    config = SMALL.replace(model={"vocab_size": 0}, data={"folder": str(tmp_path / "shards"), "tokenizer": "gpt2"})
+    assert plan.settled(config, GPU.machine).model.vocab_size == 257
+
+
+def test_a_step_that_will_be_captured_on_a_gpu_is_planned_as_the_plain_one():
+    plain, captured = (of(GPU.machine, cuda_graphs=on).peak() for on in ("false", "true"))
+    assert plain == captured
+    with pytest.raises(ConfigError, match="this run is on cpu"):
+        of(CPU, cuda_graphs="true")
 
 
 def test_a_compiled_step_keeps_what_the_compiler_decided():
