@@ -39,7 +39,7 @@ except ModuleNotFoundError as missing:  # a bare Python: what reads no flags by 
 
 from tritium.engine import presets, waiting
 from tritium.engine.config import Config, ConfigError
-from tritium.engine.report import Progress, Reporter, bits_table, closing_report, duration, progress_line
+from tritium.engine.report import Progress, Reporter, bits_table, closing_report, duration, launcher, progress_line
 
 
 class UsageError(Exception):
@@ -658,7 +658,7 @@ def _plan(argv: list[str]) -> int:
     made = plan.make(config, target, options.gpus, compiled=config.train.compile != "false", say=say)
     print(plan.text(made))
     if made.chosen is not None:
-        start = command() if options.gpus == 1 else f"torchrun --nproc-per-node={options.gpus} -m tritium.engine.cli"
+        start = command() if options.gpus == 1 else launcher(command(), options.gpus)
         print(f"\n{start} train {options.preset} {' '.join([*fields, made.chosen.flags])}")
     if options.json:
         pathlib.Path(options.json).write_text(plan.to_json(made))

@@ -592,7 +592,7 @@ def test_the_command_shows_writes_and_draws(tritium, tmp_path):
         assert f"{r['peak_bytes'] / 1e9:.2f}" in out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     chosen = found["chosen"]
-    assert out.rstrip().splitlines()[-1] == (
+    assert out.rstrip().endswith(
         "torchrun --nproc-per-node=2 -m tritium.engine.cli train tiny --model.n_layer 2 "
         "--train.batch_rows 4 --train.compile false "
         f"--train.recompute {chosen['recompute']} --train.micro_rows {chosen['micro_rows']}"
