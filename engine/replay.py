@@ -58,13 +58,16 @@ def open_dump(path: pathlib.Path | str) -> Checkpoint:
 
 
 def as_it_was(found: Checkpoint) -> Config:
-    """The configuration of the dump, with what it left to the machine as that had decided."""
+    """The configuration of the dump, with what it left to the machine and the processes as they had decided."""
     precision: str = found.config.train.precision
     if precision == "auto":
         precision = {"float32": "fp32", "bfloat16": "bf16"}[found.meta["dtype"]]
     compiled = "true" if found.meta["compiled"] else "false"
     # a captured step has the bits of the plain one (engine/capture.py), and a replay runs it once
-    return found.config.replace(train={"precision": precision, "compile": compiled, "cuda_graphs": "false"})
+    was = {"precision": precision, "compile": compiled, "cuda_graphs": "false"}
+    # of several processes: the rounding of moments in bf16 depends on it
+    flat = "true" if train.is_flat(found.config, int(found.meta["world_size"])) else "false"
+    return found.config.replace(train={**was, "flat": flat})
 
 
 def check(was: Config, asked: Config) -> list[str]:

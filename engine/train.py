@@ -128,8 +128,7 @@ def build(
     compiled = should_compile(config, device)[0] if compile is None else compile
     table = _bind([model, optimizer], config, device, dtype, compiled, machine)
     several = config.train.batch_rows > config.train.micro_rows  # micro-batches or processes, whose gradients add up
-    eight_bits = config.optim.moments == "int8"  # a scale for 256 elements of one parameter
-    if config.train.flat == "true" or (config.train.flat == "auto" and world.size > 1 and not eight_bits):
+    if is_flat(config, world.size):
         optimizer.flatten(sum_in_fp32=several)
     elif several:
         optimizer.sum_in_fp32()
@@ -162,6 +161,12 @@ def build(
             loss, optimizer, world, config.train.batch_rows // (config.train.micro_rows * world.size), CudaGraphs()
         )
     return Engine(config, model, optimizer, loss, table, dtype, world, compiled, captured)
+
+
+def is_flat(config: Config, processes: int) -> bool:
+    """Whether storage is flat in a run of so many processes."""
+    eight_bits = config.optim.moments == "int8"  # a scale for 256 elements of one parameter
+    return config.train.flat == "true" or (config.train.flat == "auto" and processes > 1 and not eight_bits)
 
 
 def unheeded_chunk(model: GPT, config: Config) -> str:

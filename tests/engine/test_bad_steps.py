@@ -269,7 +269,7 @@ def test_with_another_backend_the_fault_goes_away_and_with_another_precision_it_
 )
 def test_a_replay_has_the_precision_that_the_run_had(precision, dtype, wanted):
     config = Config(train=TrainConfig(precision=precision, compile="auto", cuda_graphs="true"))
-    meta = {"config": dataclasses.asdict(config), "dtype": dtype, "compiled": True}
+    meta = {"config": dataclasses.asdict(config), "dtype": dtype, "compiled": True, "world_size": 1}
     train = replay.as_it_was(checkpoint.Checkpoint(None, meta)).train
     assert (train.precision, train.compile, train.cuda_graphs) == (wanted, "true", "false")
 
@@ -555,7 +555,8 @@ train.main(Config.from_json(pathlib.Path(sys.argv[1]).read_text()))
 def test_two_processes_decide_alike_and_their_step_comes_out_in_one(data, cursed, tmp_path, capsys):
     """A fault on the second alone: both skip, both go back, one replay repeats both, the steps between included."""
     out = tmp_path / "run"
-    config = rolling(data, out, train_log_every=4, optim_skip_outliers=30.0)
+    # moments in bf16: their random rounding depends on storage, which auto makes flat for two processes only
+    config = rolling(data, out, train_log_every=4, optim_skip_outliers=30.0, optim_moments="bf16")
     (tmp_path / "config.json").write_text(config.to_json())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
