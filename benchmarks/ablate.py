@@ -700,8 +700,8 @@ class Request:
 
 def ablate(request: Request) -> dict[str, Any]:
     """Build, check, time and train the arms; returns the record (:data:`SCHEMA`). NothingToCompare where the baseline
-    cannot be timed. After Ctrl-C, a record of what was measured, with a red check; KeyboardInterrupt where that is
-    nothing."""
+    cannot be timed. After Ctrl-C, and where a later group's baseline cannot be timed, a record of what was measured,
+    with a red check; KeyboardInterrupt or NothingToCompare where that is nothing."""
     from tritium.engine import allocator
 
     run = _Run(request)
@@ -713,7 +713,12 @@ def ablate(request: Request) -> dict[str, Any]:
         except KeyboardInterrupt:
             if not run.samples:  # nothing was measured
                 raise
-            run.stop()
+            run.stop(STOPPED)
+        except NothingToCompare as error:  # the groups before this one had their own baseline
+            if not run.samples:
+                raise
+            request.say(f"{request.base.name}: {error}")
+            run.stop(str(error))
     return run.record()
 
 
@@ -758,7 +763,7 @@ class _Run:
         self.trained: dict[str, list[curves.Curve]] = {}
         self.trained_beside: dict[str, list[curves.Curve]] = {}
         self.first_row: dict[str, Any] = {}  # the baseline's, of the first group
-        self.stopped = False
+        self.stopped = ""  # why not all was measured
         self.lost: dict[str, str] = {}  # arm → why it was not trained to the end
         self.twins: list[timing.Interval] = []
         self.groups = 0
@@ -897,13 +902,13 @@ class _Run:
         _release()
         return pending
 
-    def stop(self) -> None:
-        """After Ctrl-C: what the group under way has begun to write is taken back."""
+    def stop(self, why: str) -> None:
+        """No more is measured: what the group under way has begun to write is taken back."""
         first = self.request.arms[0].name
         if self.first_row:
             self.rows[first] = self.first_row
         self.rows = {choice.name: self.rows[choice.name] for choice in self.request.arms}
-        self.stopped = True
+        self.stopped = why
 
     def has_room(self, arms: int) -> bool:
         """Whether one more arm fits beside so many, the baseline among them; one always has to. Asked anew for each:
@@ -1013,7 +1018,7 @@ class _Run:
         )
         for row in rows:
             if not row["status"] or (self.stopped and row["status"] == "ok" and row["speed"] is None):
-                row |= {"status": "not run", "reason": STOPPED}
+                row |= {"status": "not run", "reason": self.stopped}
             row["verdict"] = "baseline" if row["name"] == first else verdict(row["ratio"], resolution)
         if self.trained:
             told = curves.compare(self.trained, self.trained_beside, r.B * r.T, r.target_loss)
@@ -1023,7 +1028,7 @@ class _Run:
         checks = [record.check(f"{row['name']} {ablate_results.RIGHT}", row["status"] == "ok", row["reason"])
                   for row in rows if row["status"] in ("ok", "red", "failed")]  # fmt: skip
         if self.stopped:
-            checks.append(record.check(WENT_TO_ITS_END, False, STOPPED))
+            checks.append(record.check(WENT_TO_ITS_END, False, self.stopped))
         if not self.stopped and not any(row["status"] == "ok" for row in rows if row["name"] != first):
             reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in rows if row["name"] != first)
             checks.append(record.check("an arm was compared with the baseline", False, reasons))
@@ -1329,7 +1334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (RuntimeError, OSError) as error:
             _say(f"--write-tuning: {op}: {error}")
             status = 1
-    stopped = any(check["name"] == WENT_TO_ITS_END for check in result["checks"])
+    stopped = any((check["name"], check["detail"]) == (WENT_TO_ITS_END, STOPPED) for check in result["checks"])
     return 130 if stopped else status
 
 

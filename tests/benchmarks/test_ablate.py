@@ -822,6 +822,45 @@ def test_an_arm_that_breaks_while_it_is_timed_costs_itself(tmp_path, plant, caps
     assert "the baseline (gelu=planted.gelu_1) is failed: while it was timed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("at", ["building", "timing"])
+def test_a_later_group_whose_baseline_breaks_costs_no_figure_of_those_before(tmp_path, monkeypatch, plant, capsys, at):
+    """As where the memory suffices for one group and not for the next: arms left over are said not to have been run."""
+    admit, interleave, groups = ablate._Run.admit, timing.interleave, []
+
+    def second_time_out_of_memory(self, choice):
+        if at == "building" and self.groups and choice.name == "gelu=reference optim.lr=1e-2":
+            self.rows[choice.name] |= {"status": "failed", "reason": "RuntimeError: can't allocate memory"}
+            return None
+        return admit(self, choice)
+
+    def second_time_broken(arms, *more):
+        groups.append(arms)
+        if at == "timing" and len(groups) == 2:
+            arms["gelu=reference optim.lr=1e-2"] = ablate._told_apart("gelu=reference optim.lr=1e-2", lambda: breaks(0))
+        return interleave(arms, *more)
+
+    monkeypatch.setattr(ablate._Run, "admit", second_time_out_of_memory)
+    monkeypatch.setattr(timing, "interleave", second_time_broken)
+    status, result = run(
+        tmp_path,
+        "gelu=reference,native",
+        "optim.lr=1e-2,1e-3,1e-4",
+        *SMALL,
+        "--no-gate",
+        "--no-twin",
+        "--together",
+        "1",
+    )
+    assert (status, [row["status"] for row in result["arms"]]) == (1, ["ok", "ok", "not run", "not run"])
+    assert [bool(row["speed"]) for row in result["arms"]] == [True, True, False, False]
+    assert {f["name"] for f in result["figures"]} >= {"gelu=native tokens/s", "gelu=reference optim.lr=1e-2 tokens/s"}
+    why = "the baseline (gelu=reference optim.lr=1e-2) is failed: "
+    assert all(row["reason"].startswith(why) for row in result["arms"][2:])
+    (red,) = [check for check in result["checks"] if not check["ok"]]
+    assert (red["name"], red["detail"].startswith(why)) == ("the run went to its end", True)
+    assert "gelu=native" in capsys.readouterr().out
+
+
 def test_training_starts_from_the_weights_that_tritium_train_starts_from():
     from tritium.engine import train
 
