@@ -42,7 +42,7 @@ ROOM = 1.3  # of a neighbour's peak must be free for a cell to be started beside
 INTERVAL: record.Schema = {"median": record.NUMBER, "low": record.NUMBER, "high": record.NUMBER, "level": record.NUMBER}
 CELL: record.Schema = {
     "preset": str, "column": str,
-    # "ok", "not built yet", "needs a GPU", "needs another GPU", "out of memory", "unequal losses" or "failed"
+    # "ok", "not built yet", "needs a GPU", "needs another GPU", "out of memory", "unequal losses", "failed", "not run"
     "status": str,
     "reason": str,  # of a status that is not ok
     "variant": str,
@@ -275,18 +275,29 @@ def climb(
     precision: str = "fp32",
     command: str = "",
 ) -> dict[str, Any]:
-    """The record of all cells. sizes: preset → (T, B)."""
+    """The record of all cells. sizes: preset → (T, B). After Ctrl-C, of the cells that were timed by then, with a red
+    check (throughput.WHOLE); KeyboardInterrupt where none was."""
     result = record.begin("ladder", command, device)
     peak, of = peak_of(result["machine"], precision)
     cells: list[dict[str, Any]] = []
     tables: list[dict[str, Any]] = []
+    stopped = ""
     for preset, (T, B) in sizes.items():
         config = throughput.shaped(preset, T)
         size = Size(
             config, T, B, device, rounds, seed, kernels, precision, peak,
             {column.name: empty_cell(preset, column) for column in columns},
         )  # fmt: skip
-        size.fill(columns)
+        try:
+            if not stopped:
+                size.fill(columns)
+        except KeyboardInterrupt as interrupt:
+            stopped = str(interrupt) or throughput.CTRL_C
+            if not result["figures"] and not any(cell["status"] == "ok" for cell in size.cells.values()):
+                raise
+        for cell in size.cells.values():
+            if stopped and cell["status"] == "failed" and not cell["reason"]:
+                cell |= {"status": "not run", "reason": stopped}
         record.after(result)
         cells += size.cells.values()
         tables += [row for row in size.tables if row not in tables]
@@ -302,10 +313,14 @@ def climb(
         first = size.first
         result["checks"] += [
             record.check(f"{preset}: equal losses", not unequal, ", ".join(unequal)),
-            record.check(f"{preset}: a cell was measured", bool(figures), f"losses of: {first and first['column']}"),
+            record.check(
+                f"{preset}: a cell was measured", bool(figures or stopped), f"losses of: {first and first['column']}"
+            ),
             *(record.check(f"{preset} {cell['column']}", False, cell["reason"])
               for cell in size.cells.values() if cell["status"] == "failed"),
         ]  # fmt: skip
+    if stopped:
+        result["checks"].append(record.check(throughput.WHOLE, False, stopped))
     return result | {
         "kernels": tables,
         "sources": record.sources((row["op"], row["backend"]) for row in tables),
@@ -437,7 +452,8 @@ def stem(a: argparse.Namespace, names: Sequence[str], defaults: Sequence[str]) -
 
 @stages.ended_by_signals()
 def main(argv: Sequence[str] | None = None) -> int:
-    """``tritium bench ladder``; exit status 0, 1 when a cell fails or losses differ, 2 for a wrong command line."""
+    """``tritium bench ladder``; exit status 0, 1 when a cell fails or losses differ, 2 for a wrong command line, 130
+    after Ctrl-C: then the cells that were done are in a record of their own, NAME_stopped.json."""
     argv = list(sys.argv[1:] if argv is None else argv)
     made = parser()
     a, unknown = made.parse_known_args(argv)
@@ -466,10 +482,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         precision=a.precision or ("bf16" if device == "cuda" else "fp32"),
         command=shlex.join(["tritium", "bench", "ladder", *argv]),
     )  # fmt: skip
+    stopped = any(check["name"] == throughput.WHOLE for check in result["checks"])
+    if stopped:
+        path = path.with_name(f"{path.stem}_stopped.json")
     replaced = record.write(result, SCHEMA, path)
     path.with_suffix(".md").write_text(table(result) + "\n")
     print(f"\n{table(result)}\nwritten: {path}{replaced}", flush=True)
-    return int(not all(check["ok"] for check in result["checks"]))
+    return 130 if stopped else int(not all(check["ok"] for check in result["checks"]))
 
 
 if __name__ == "__main__":

@@ -602,7 +602,8 @@ def ladder(entry: Entry) -> Section:
 
 
 LADDER = {  # what is not "ok" and no fault
-    "not built yet": "unrun", "needs a GPU": "unrun", "needs another GPU": "unrun", "out of memory": "muted",
+    "not built yet": "unrun", "needs a GPU": "unrun", "needs another GPU": "unrun", "not run": "unrun",
+    "out of memory": "muted",
 }  # fmt: skip
 
 

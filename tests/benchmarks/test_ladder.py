@@ -265,6 +265,40 @@ def test_two_rungs_of_tiny_are_climbed(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "ladder_tiny_eager+kernels_T16_B1.md").read_text().strip() in capsys.readouterr().out
 
 
+class Interrupted(FakeArm):
+    """Ctrl-C comes while it is asked for this."""
+
+    def _maybe(self, what):
+        if what == self.planted:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", ["start", "step"])
+def test_ctrl_c_leaves_the_sizes_that_were_done(tmp_path, monkeypatch, capsys, at):
+    """Of a ladder, which may climb for an hour: in a record beside the whole one, with a red check."""
+    arms = iter([FakeArm(4.0, SAME), FakeArm(2.0, SAME), FakeArm(8.0, SAME), Interrupted(1.0, SAME, at)])
+    monkeypatch.setattr(ladder, "ArmProcess", lambda *a: next(arms))
+    monkeypatch.setattr(ladder, "free_bytes", lambda device: 1 << 40)
+    monkeypatch.setattr(ladder, "peak_of", lambda machine, precision: (1e12, "planted"))
+    monkeypatch.setattr(ladder.timing, "warm_up", lambda arm, **more: arm() and types.SimpleNamespace(stable=True))
+    words = ["--presets", "tiny,gpt2_124m,gpt2_350m", "--columns", "eager,compile", "--T", "16", "--out", str(tmp_path)]
+    assert ladder.main([*words, "--device", "cpu"]) == 130
+    (path,) = tmp_path.glob("*_stopped.json")
+    assert list(tmp_path.glob("*.json")) == [path]
+    result = record.read(path)
+    assert not record.problems(result, {**record.COMMON, **ladder.SCHEMA})
+    cells = {(cell["preset"], cell["column"]): cell for cell in result["cells"]}
+    assert [cell["status"] for cell in cells.values()] == ["ok", "ok", *["not run"] * 4]
+    assert cells["gpt2_350m", "eager"]["reason"] == "stopped by Ctrl-C"
+    assert [f["name"] for f in result["figures"]] == ["tiny eager tokens/s", "tiny compile tokens/s"]
+    (red,) = [check for check in result["checks"] if not check["ok"]]
+    assert (red["name"], red["detail"]) == ("ran to its end", "stopped by Ctrl-C")
+    assert "*not run*" in capsys.readouterr().out
+    arms = iter([Interrupted(1.0, SAME, at), FakeArm(1.0, SAME)])
+    with pytest.raises(KeyboardInterrupt):  # nothing is there to be written
+        ladder.main([*words, "--device", "cpu"])
+
+
 def test_losses_in_fp8_have_a_bound_of_their_own():
     def equal(loss, variant):
         return ladder.throughput.equal_losses({"a": ([10.0], "bf16, compiled"), "b": ([loss], variant)})["ok"]
