@@ -321,8 +321,10 @@ def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def peak_of(name: str) -> peaks.Peak | None:
-    """The entry of kernels/peaks.py for a device's marketing name, or None."""
-    return next((peak for peak in peaks.PEAKS if peak.name.split()[0].lower() in name.lower()), None)
+    """The entry of kernels/peaks.py for a device's marketing name, or None: also for a board of the same chip that is
+    slower or has other memory, of which that entry's figures are no bound."""
+    peak = peaks.by_name(name)
+    return peak if peak is not None and peak.same_matrix(name) and peak.same_memory(name) else None
 
 
 def fractions(row: Measured, reached: Mapping[str, float], peak: peaks.Peak | None = None) -> dict[str, Any]:

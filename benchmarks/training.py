@@ -24,7 +24,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import shlex
 import sys
 import tempfile
@@ -626,12 +625,11 @@ def handing_out(training: Training, batches: Sequence[Any]) -> Iterator[Callable
 def datasheet(machine: dict[str, Any]) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its marketing name, or None: also for a board of the same name that is slower than
     the one in kernels/peaks.py (of Hopper, PCIe and NVL)."""
-    from tritium.kernels.peaks import PEAKS
+    from tritium.kernels import peaks
 
     name = machine["name"]
-    if machine["device"] != "cuda" or (re.search(r"PCIe|NVL", name) and "A100" not in name):
-        return None
-    return next((peak.matrix for peak in PEAKS if re.search(rf"\b{peak.name.split()[0]}\b", name)), None)
+    peak = peaks.by_name(name) if machine["device"] == "cuda" else None
+    return peak.matrix if peak is not None and peak.same_matrix(name) else None
 
 
 # ------------------------------------------------------------------------------------------------------------- command

@@ -7,6 +7,7 @@ run: it says what to hold a measurement against.
 from __future__ import annotations
 
 import fnmatch
+import re
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,14 @@ class Peak:
     measured_matrix: float | None = None
     measured_copy: float | None = None
     measured: str = ""
+
+    def same_matrix(self, name: str) -> bool:
+        """Whether the board of this name multiplies as fast. The PCIe and NVL boards of Hopper are slower ones."""
+        return self.name.startswith("A100") or not re.search("pcie|nvl", name, re.IGNORECASE)
+
+    def same_memory(self, name: str) -> bool:
+        """Whether the board of this name has this memory, not another (A100: 40 GB, and on PCIe, are slower)."""
+        return not re.search("pcie|nvl|40GB", name, re.IGNORECASE)
 
     @property
     def exponentials(self) -> float:
@@ -75,6 +84,12 @@ B200 = Peak(
     "NVIDIA HGX and DGX B200 datasheets (2024), an eighth of the board; clock: that at which 148 × 8192 FLOP make it",
 )  # fmt: skip
 PEAKS = (A100, H100, H200, B200)
+
+
+def by_name(name: str) -> Peak | None:
+    """The entry whose chip a device's marketing name has as a word ("NVIDIA GH200 480GB" has neither H200 nor H100), or
+    None. The board may still be another one: :meth:`Peak.same_memory`, :meth:`Peak.same_matrix`."""
+    return next((peak for peak in PEAKS if re.search(rf"\b{peak.name.split()[0]}\b", name)), None)
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,12 @@ def test_fractions_of_what_this_device_reaches():
 def test_on_a_known_device_the_bound_is_its_own():
     reached = {"copy_gb_per_s": 10.0, "matmul_tflop_per_s": 0.5}
     assert kernels.peak_of("NVIDIA H100 80GB HBM3") == peaks.H100
-    assert kernels.peak_of("Intel(R) Xeon(R) Processor") is None
+    assert kernels.peak_of("NVIDIA H200") == peaks.H200
+    assert kernels.peak_of("NVIDIA A100-SXM4-80GB") == peaks.A100
+    # another chip, or a board of the chip with another clock or memory, has another bound
+    for name in ("Intel(R) Xeon(R) Processor", "NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA H100 PCIe",
+                 "NVIDIA H100 NVL", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe"):  # fmt: skip
+        assert kernels.peak_of(name) is None, name
     op = OPS["layer_norm"]
     case = next(case for case in op.cases.CASES if case.name == "gpt2_124m")
     row = measured("layer_norm", "forward+backward", "gpt2_124m", dtype="bf16", p50_ms=0.1)
