@@ -36,6 +36,11 @@ def figures(result):
     return {f["name"]: f["value"] for f in result["figures"]}
 
 
+def samples(result):
+    """Medians of an even number of samples need not be each other's inverse: under load the middle two differ."""
+    return {f["name"]: f["samples"] for f in result["figures"]}
+
+
 def failed(result):
     return [check["name"] for check in result["checks"] if not check["ok"]]
 
@@ -249,11 +254,11 @@ def test_a_record_of_training(tmp_path, capsys, monkeypatch):
     assert record.problems(result, {**record.COMMON, **training.SCHEMA}) == []
     assert result["command"].startswith("tritium bench train few --T 16")
     assert result["settings"]["config"]["train"]["recompute"] == "full"
-    value = figures(result)
-    assert value["tokens/s"] == pytest.approx(32e3 / value["step"], rel=0.2)
+    value, sampled = figures(result), samples(result)
+    assert sampled["tokens/s"] == pytest.approx([32e3 / ms for ms in sampled["step"]])
     rate = result["rates"]["measured_matmul"]
     flops = metrics.flops_per_token(MODEL, 16)
-    assert value["MFU, full of measured matmul"] == pytest.approx(value["tokens/s"] * flops / rate, rel=0.2)
+    assert value["MFU, full of measured matmul"] == pytest.approx(value["tokens/s"] * flops / rate)
     done = result["model"]["flops_per_token_done"]
     assert value["HFU of measured matmul"] / value["MFU, full of measured matmul"] == pytest.approx(done / flops)
     assert result["rates"]["datasheet"] is None
@@ -310,8 +315,8 @@ def test_processes_train_together_and_what_they_say_to_each_other_has_a_row(tmp_
     result = record.read(path)
     assert (path.stem, result["settings"]["processes"]) == ("train_few_T16_B2_P2", 2)
     assert result["command"].startswith("torchrun --nproc-per-node=2 -m tritium.engine.cli bench train few --T 16")
-    value = figures(result)
-    assert value["tokens/s"] == pytest.approx(2 * 32e3 / value["step"], rel=0.2)
+    sampled = samples(result)
+    assert sampled["tokens/s"] == pytest.approx([2 * 32e3 / ms for ms in sampled["step"]])
     (row,) = (row for row in result["anatomy"] if row["row"] == "communication")
     assert row["ms"] > 50.0
     assert failed(result) == []
