@@ -104,10 +104,11 @@ def configured(name: str, T: int | None, device: str, fields: Sequence[str] = ()
         )
     T = T or min(T_default, config.model.block_size)
     vocab_size = config.model.vocab_size
-    if not vocab_size and config.data.folder:
+    if config.data.folder:
         from tritium.engine.data.shards import open_dataset
 
-        vocab_size = open_dataset(config.data.folder).tokenizer.vocab_size
+        dataset = open_dataset(config.data.folder)  # also where its vocabulary is not asked for: it has to be one
+        vocab_size = vocab_size or dataset.tokenizer.vocab_size
     model = dataclasses.replace(
         config.model, vocab_size=vocab_size or VOCAB_SIZE, block_size=max(T, config.model.block_size)
     )

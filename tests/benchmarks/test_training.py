@@ -523,6 +523,7 @@ def test_a_kernel_choice_that_cannot_be_met_says_why(tmp_path, capsys):
     [
         (["--data.documents", "true"], "data.documents"),
         (["--data.folder", "there/is/none", "--model.vocab_size", "0"], "there/is/none"),
+        (["--data.folder", "there/is/none", "--model.vocab_size", "256"], "there/is/none"),
     ],
 )
 def test_what_cannot_be_timed_says_why(words, said, tmp_path, capsys):
