@@ -2,7 +2,8 @@
 // first, with neighbours that are free joined. engine/allocator.py says why, engine/plan.py's Heap computes the same.
 //
 // glibc's heap keeps freed memory as well, but its posix_memalign, which torch calls, looks for 96 bytes more than it
-// then hands out: the hole that a tensor leaves is never large enough for the next one of its size.
+// then hands out: the hole that a tensor leaves is by itself too small for the next one of its size. And small objects
+// lie between the holes.
 //
 // torch has no way to be given another allocator but a C++ class that is compiled against its version, whose errors,
 // reports to the profiler and fills would be ours to repeat. Its own one calls two functions of the C library, through
