@@ -109,7 +109,8 @@ def open_heap() -> ctypes.CDLL | None:
     library = native.library()
     if library is None or not _addresses_are_free():
         return None
-    reserve = max(2 * (available_bytes() or 0), _HUGE_PAGE) // _HUGE_PAGE * _HUGE_PAGE
+    # what is beyond that goes to glibc, where the system has a say
+    reserve = max(available_bytes() or 0, _HUGE_PAGE) // _HUGE_PAGE * _HUGE_PAGE
     library.tritium_heap_open.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int]
     opened = library.tritium_heap_open(TORCHS_ALLOCATOR, reserve, int(_huge_pages_on_request())) == 0
     return library if opened else None

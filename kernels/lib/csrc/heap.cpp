@@ -20,7 +20,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <set>
@@ -71,7 +71,10 @@ struct Heap {
 
   void give(size_t at) {
     auto block = blocks.find(at);
-    if (block == blocks.end() || !block->second.taken) abort();  // freed twice, or never taken
+    if (block == blocks.end() || !block->second.taken) {
+      fputs("tritium: the memory of a tensor was freed twice, or was never a tensor's; the process ends\n", stderr);
+      abort();
+    }
     taken -= block->second.size;
     block->second.taken = false;
     const auto next = std::next(block);
