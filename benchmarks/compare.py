@@ -332,6 +332,9 @@ def red(r: dict[str, Any]) -> list[str]:
 def pairs(a: pathlib.Path, b: pathlib.Path) -> tuple[list[tuple[pathlib.Path, pathlib.Path]], list[pathlib.Path]]:
     """(the two files, or of two folders the records that have the same name; those that only one folder has)."""
     if a.is_dir() != b.is_dir():
+        for path in (a, b):
+            if not path.exists():
+                raise record.RecordError(f"there is no {path}; give two records or two folders of records")
         raise record.RecordError(f"{a} and {b} must both be records or both be folders of records")
     if not a.is_dir():
         return [(a, b)], []

@@ -446,6 +446,9 @@ def test_folders_are_paired_by_name(tmp_path, capsys):
     assert "y.json" in said.err
     (tmp_path / "empty").mkdir()
     assert compare.main([folders[0], str(tmp_path / "empty")]) == 2
+    capsys.readouterr()
+    assert compare.main([folders[0], str(tmp_path / "afer")]) == 2
+    assert f"there is no {tmp_path / 'afer'};" in capsys.readouterr().err
 
 
 def test_the_committed_records_can_be_compared_with_themselves(capsys):
