@@ -142,6 +142,7 @@ def made(tmp_path, name, speed=100.0, ms=10.0, **changes):
     ]
     result["checks"] = [record.check("finite losses", True)]
     result["machine"]["load_average"] = [0.0, 0.0, 0.0]
+    result["machine"]["threads"] = 2  # a process without torch does not say
     for key, value in changes.items():
         target = result
         *path, last = key.split("__")
