@@ -591,7 +591,7 @@ class Heap:
 
 
 MIB = 1 << 20
-NATIVE_SMALLEST = MIB // 4  # bytes of a block of the native heap
+NATIVE_SMALLEST = MIB // 4  # bytes of a block of the native heap (SMALLEST of kernels/lib/csrc/heap.cpp)
 
 
 def held(found: Trace, target: Target) -> int:

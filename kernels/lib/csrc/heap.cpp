@@ -167,9 +167,11 @@ int hook(dl_phdr_info* info, size_t, void* argument) {
   }
   if (!symbols || !strings) return 1;
   static const char* const names[2] = {"posix_memalign", "free"};
-  // all are looked at before one is changed
-  for (const bool write : {false, true}) {
-    if (write && !(search->found[0] && search->found[1])) return 1;
+  // Both are found, and may be written to, before one is changed: with one of the two ours, memory of the one heap would
+  // be given to the other.
+  enum { FIND, UNLOCK, WRITE };
+  for (const int phase : {FIND, UNLOCK, WRITE}) {
+    if (phase == UNLOCK && !(search->found[0] && search->found[1])) return 1;
     for (const auto& table : tables)
       for (size_t i = 0; table.first && i < table.bytes / sizeof(ElfW(Rela)); ++i) {
         const ElfW(Rela)& relocation = table.first[i];
@@ -177,16 +179,20 @@ int hook(dl_phdr_info* info, size_t, void* argument) {
         if (symbol.st_name == 0 || relocation.r_addend != 0) continue;
         for (int k = 0; k < 2; ++k) {
           if (strcmp(strings + symbol.st_name, names[k]) != 0) continue;
-          if (!write) {
-            ++search->found[k];
-            continue;
-          }
           auto** slot = reinterpret_cast<void**>(info->dlpi_addr + relocation.r_offset);
-          const size_t page = sysconf(_SC_PAGESIZE);
-          auto* start = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(slot) / page * page);
-          // it may be read-only since it was filled, and then is left as it may be written to: which it was is not told
-          if (mprotect(start, page, PROT_READ | PROT_WRITE) != 0) return 1;
-          __atomic_store_n(slot, search->value[k], __ATOMIC_RELEASE);
+          if (phase == FIND) {
+            ++search->found[k];
+          } else if (phase == WRITE) {
+            __atomic_store_n(slot, search->value[k], __ATOMIC_RELEASE);
+          } else {
+            // it may be read-only since the loader filled it; which of the two is not told, so it stays writable
+            const size_t page = sysconf(_SC_PAGESIZE);
+            auto* start = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(slot) / page * page);
+            if (mprotect(start, page, PROT_READ | PROT_WRITE) != 0) {
+              search->found[0] = search->found[1] = 0;
+              return 1;
+            }
+          }
         }
       }
   }
