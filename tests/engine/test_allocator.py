@@ -266,7 +266,40 @@ print("held")
 """
 
 
-@pytest.mark.parametrize(("program", "said"), [(REPLAY, "as planned"), (THREADS, "held")], ids=["replay", "threads"])
+OWNERS = """
+import io
+import numpy
+import torch
+from tritium.engine import allocator
+
+N = 1 << 18
+with allocator.freed_memory_kept():
+    kept = torch.arange(N).numpy()  # numpy's from now on
+    assert allocator.heap_bytes()[0] == 8 * N + 64
+    taken = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(torch.arange(N)))
+    grown = torch.arange(N).resize_(2 * N)
+    shared = torch.arange(N).share_memory_()
+    file = io.BytesIO()
+    torch.save(taken, file)
+    file.seek(0)
+    for tensor in (torch.from_numpy(kept), taken, grown[:N], shared, torch.load(file)):
+        assert torch.equal(tensor, torch.arange(N))
+    grown.untyped_storage().resize_(0)
+    torch.from_numpy(numpy.ones(N)).sum()  # numpy's own memory is freed by numpy
+    del tensor, taken, grown, shared
+    assert allocator.heap_bytes()[0] == 8 * N + 64, allocator.heap_bytes()
+assert int(kept.sum()) == N * (N - 1) // 2
+del kept
+assert allocator.heap_bytes()[:2] == (0, 0)
+print("each its own")
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [(REPLAY, "as planned"), (THREADS, "held"), (OWNERS, "each its own")],
+    ids=["replay", "threads", "owners"],
+)
 def test_the_native_heap(program, said):
     """Large tensors lie where plan.Heap says, none in another, with threads and forks too; at the end memory goes."""
     if allocator.policy() != "native":
